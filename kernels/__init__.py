@@ -1,0 +1,1 @@
+"""Fused kernels of the bottleneck; the reference operations are in `mmadapt.ops`."""

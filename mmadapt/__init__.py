@@ -1,0 +1,76 @@
+"""mmadapt: small trainable adapters for large frozen models of any modality.
+
+    import mmadapt as mm
+
+    clip = mm.load("tiny/clip")
+    att = mm.attach(clip, mm.Bottleneck(32), name="sketch")
+
+Everything here is imported on first use; `import mmadapt` itself imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mmadapt import adapter, errors, ops, tasks, zoo
+    from mmadapt.adapter import (
+        Adapter,
+        Bottleneck,
+        ClipAdapter,
+        LoRA,
+        TipAdapter,
+        register_adapter,
+    )
+    from mmadapt.core.anatomy import Anatomy
+    from mmadapt.core.attach import active, attach, attachments, detach, disabled, set_active
+    from mmadapt.core.attachment import Attachment
+    from mmadapt.core.backbone import Backbone
+    from mmadapt.core.check import check
+    from mmadapt.core.compose import Stack, Sum
+    from mmadapt.core.report import inspect, plan, sites
+    from mmadapt.core.site import Span
+    from mmadapt.core.store import load_adapter, save
+    from mmadapt.errors import MmadaptError
+    from mmadapt.train.fit import History, fit, train_mode
+    from mmadapt.zoo.load import load
+
+_HOMES = {
+    "mmadapt.adapter": "Adapter Bottleneck ClipAdapter LoRA TipAdapter register_adapter",
+    "mmadapt.core.anatomy": "Anatomy",
+    "mmadapt.core.attach": "active attach attachments detach disabled set_active",
+    "mmadapt.core.attachment": "Attachment",
+    "mmadapt.core.backbone": "Backbone",
+    "mmadapt.core.check": "check",
+    "mmadapt.core.compose": "Stack Sum",
+    "mmadapt.core.report": "inspect plan sites",
+    "mmadapt.core.site": "Span",
+    "mmadapt.core.store": "load_adapter save",
+    "mmadapt.errors": "MmadaptError",
+    "mmadapt.train.fit": "History fit train_mode",
+    "mmadapt.zoo.load": "load",
+}
+_MODULES = ("adapter", "errors", "ops", "tasks", "zoo")
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = ["__version__", *sorted(_HOME), *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"mmadapt.{name}")
+    from mmadapt.errors import did_you_mean
+
+    hint = did_you_mean(name, __all__) if not name.startswith("_") else ""
+    raise AttributeError(f"module 'mmadapt' has no attribute {name!r}" + (f"; {hint}" if hint else ""))
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Anatomies of the backbones mmadapt knows; tables, with no backbone library imported."""

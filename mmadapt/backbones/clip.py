@@ -1,0 +1,273 @@
+"""CLIP in open_clip and in transformers: two towers, named alike, so adapter files fit both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.core.anatomy import Anatomy
+from mmadapt.core.site import Span
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def _open_clip_layers(tower: str, path: str) -> dict[str, Span]:
+    """Roles of the residual blocks at `path`.
+
+    `nn.MultiheadAttention` reads its packed in_proj and its out_proj itself, so hooks on those would
+    never fire: q, k, v and o are offered at the `weight` port, met at the attention's own call.
+    """
+    block = path + ".{i}"
+    channels = f"{block}.ln_1.weight"
+    roles = {
+        f"{tower}.layers[i]": Span(block, x="0|q_x", channels=channels),
+        f"{tower}.layers[i].attn": Span(f"{block}.attn", x="0|query", channels=channels),
+    }
+    for place, word in enumerate("qkv"):
+        roles[f"{tower}.layers[i].attn.{word}"] = Span(
+            f"{block}.attn", ("weight",), weight=f"{block}.attn.in_proj_weight", block=(place, 3)
+        )
+    roles[f"{tower}.layers[i].attn.o"] = Span(
+        f"{block}.attn", ("weight",), weight=f"{block}.attn.out_proj.weight"
+    )
+    roles[f"{tower}.layers[i].mlp"] = Span(f"{block}.mlp", x="0|input", channels=channels)
+    for word, name in (("up", "c_fc"), ("down", "c_proj")):
+        roles[f"{tower}.layers[i].mlp.{word}"] = _linear(f"{block}.mlp.{name}")
+    return roles
+
+
+def _hf_layers(tower: str, path: str) -> dict[str, Span]:
+    block = path + ".{i}"
+    channels = f"{block}.layer_norm1.weight"
+    roles = {
+        f"{tower}.layers[i]": Span(block, channels=channels),
+        f"{tower}.layers[i].attn": Span(f"{block}.self_attn", channels=channels),
+    }
+    for word, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
+        roles[f"{tower}.layers[i].attn.{word}"] = _linear(f"{block}.self_attn.{name}")
+    roles[f"{tower}.layers[i].mlp"] = Span(f"{block}.mlp", channels=channels)
+    for word, name in (("up", "fc1"), ("down", "fc2")):
+        roles[f"{tower}.layers[i].mlp.{word}"] = _linear(f"{block}.mlp.{name}")
+    return roles
+
+
+def _linear(path: str) -> Span:
+    return Span(path, ("out", "in", "weight"), x="0|input", weight=f"{path}.weight")
+
+
+def _taps(tower: str, path: str, first: str, second: str) -> dict[str, str]:
+    return {
+        f"{tower}.layers[i].norm1": f"{path}.{{i}}.{first}:out",
+        f"{tower}.layers[i].norm2": f"{path}.{{i}}.{second}:out",
+    }
+
+
+# -- open_clip ----------------------------------------------------------------------------------
+
+
+def open_clip_anatomy(model: nn.Module) -> Anatomy:
+    """`open_clip.model.CLIP` and `CustomTextCLIP` with transformer towers."""
+    text = "text.transformer" if hasattr(model, "text") else "transformer"
+    spans = {
+        **_open_clip_layers("vision", "visual.transformer.resblocks"),
+        "vision.pooled": Span("visual", x="0|x", channels=_open_clip_pooled(model), layout="BD"),
+        **_open_clip_layers("text", f"{text}.resblocks"),
+    }
+    if hasattr(model, "text"):
+        spans["text.pooled"] = Span(
+            "text", x="0|text", channels="text.text_projection@1", layout="BD"
+        )
+    return Anatomy(
+        family="clip",
+        spans=spans,
+        towers={"vision": "visual", "text": text},
+        taps={
+            **_taps("vision", "visual.transformer.resblocks", "ln_1", "ln_2"),
+            **_taps("text", f"{text}.resblocks", "ln_1", "ln_2"),
+        },
+        facts=_open_clip_facts,
+        encode={"image": _open_clip_image, "text": _open_clip_text},
+    )
+
+
+def open_clip_vision_anatomy(model: nn.Module) -> Anatomy:
+    """`open_clip.transformer.VisionTransformer` on its own."""
+    return Anatomy(
+        family="clip-vision",
+        spans={
+            **_open_clip_layers("vision", "transformer.resblocks"),
+            "vision.pooled": Span("", x="0|x", channels="proj@1", layout="BD"),
+        },
+        towers={"vision": ""},
+        taps=_taps("vision", "transformer.resblocks", "ln_1", "ln_2"),
+        facts=_open_clip_vision_facts,
+        encode={"image": _call},
+    )
+
+
+def _open_clip_pooled(model: nn.Module) -> str:
+    """Where the width of the image embedding can be read, for the vision towers open_clip has."""
+    visual: Any = model.visual
+    if getattr(visual, "proj", None) is not None:
+        return "visual.proj@1"
+    if hasattr(visual, "attnpool"):
+        return "visual.attnpool.c_proj.weight"
+    return "visual.head.proj.weight" if hasattr(visual, "head") else "visual.ln_post.weight"
+
+
+def _open_clip_vision_facts(visual: Any) -> dict[str, Any]:
+    grid = getattr(visual, "grid_size", None)
+    patch = getattr(visual, "patch_size", None)
+    return {
+        "vision": type(visual).__name__ if not hasattr(visual, "transformer") else "transformer",
+        "image": list(visual.image_size) if hasattr(visual, "image_size") else None,
+        "patch": list(patch) if patch is not None else None,
+        "grid": list(grid) if grid is not None else None,
+        "vision_layers": len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 0,
+        "activation": _activation(visual.transformer.resblocks[0].mlp.gelu)
+        if hasattr(visual, "transformer")
+        else None,
+    }
+
+
+def _open_clip_facts(model: Any) -> dict[str, Any]:
+    text = getattr(model, "text", model)
+    blocks = getattr(getattr(text, "transformer", None), "resblocks", ())
+    tokens = getattr(text, "token_embedding", None)
+    return {
+        **_open_clip_vision_facts(model.visual),
+        "text_layers": len(blocks),
+        "vocabulary": tokens.weight.shape[0] if tokens is not None else None,
+        "context": getattr(text, "context_length", None),
+    }
+
+
+def _activation(module: Any) -> str:
+    """One name for the same function in both libraries."""
+    name = type(module).__name__.lower()
+    return "quick_gelu" if "quick" in name else "gelu" if "gelu" in name else name
+
+
+def _open_clip_image(model: Any, pixels: Tensor) -> Tensor:
+    return model.encode_image(pixels)
+
+
+def _open_clip_text(model: Any, tokens: Tensor) -> Tensor:
+    return model.encode_text(tokens)
+
+
+def _call(model: Any, pixels: Tensor) -> Tensor:
+    return model(pixels)
+
+
+# -- transformers -------------------------------------------------------------------------------
+
+
+def hf_clip_anatomy(model: nn.Module) -> Anatomy:
+    """`transformers.CLIPModel`."""
+    return Anatomy(
+        family="clip",
+        spans={
+            **_hf_layers("vision", "vision_model.encoder.layers"),
+            "vision.pooled": Span(
+                "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
+            ),
+            **_hf_layers("text", "text_model.encoder.layers"),
+            "text.pooled": Span(
+                "text_projection", x="0|input", channels="text_projection.weight", layout="BD"
+            ),
+        },
+        towers={"vision": "vision_model", "text": "text_model"},
+        taps={
+            **_taps("vision", "vision_model.encoder.layers", "layer_norm1", "layer_norm2"),
+            **_taps("text", "text_model.encoder.layers", "layer_norm1", "layer_norm2"),
+        },
+        facts=_hf_clip_facts,
+        encode={"image": _hf_image, "text": _hf_text},
+    )
+
+
+def hf_clip_vision_anatomy(model: nn.Module) -> Anatomy:
+    """`transformers.CLIPVisionModel`, with or without its projection."""
+    inner = "vision_model." if hasattr(model, "vision_model") else ""
+    spans = _hf_layers("vision", f"{inner}encoder.layers")
+    spans["vision.pooled"] = Span(
+        "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
+    )
+    return Anatomy(
+        family="clip-vision",
+        spans=spans,
+        towers={"vision": inner.rstrip(".")},
+        taps=_taps("vision", f"{inner}encoder.layers", "layer_norm1", "layer_norm2"),
+        facts=_hf_vision_facts,
+        encode={"image": _hf_embeds},
+    )
+
+
+def _hf_vision_facts(model: Any) -> dict[str, Any]:
+    config = getattr(model.config, "vision_config", model.config)
+    size, patch = config.image_size, config.patch_size
+    return {
+        "vision": "transformer",
+        "image": [size, size],
+        "patch": [patch, patch],
+        "grid": [size // patch] * 2,
+        "vision_layers": config.num_hidden_layers,
+        "activation": config.hidden_act,
+    }
+
+
+def _hf_clip_facts(model: Any) -> dict[str, Any]:
+    text = model.config.text_config
+    return {
+        **_hf_vision_facts(model),
+        "text_layers": text.num_hidden_layers,
+        "vocabulary": text.vocab_size,
+        "context": text.max_position_embeddings,
+    }
+
+
+def _hf_image(model: Any, pixels: Tensor) -> Tensor:
+    return _embedding(model.get_image_features(pixel_values=pixels))
+
+
+def _hf_text(model: Any, tokens: Any) -> Tensor:
+    tokens = {"input_ids": tokens} if not hasattr(tokens, "keys") else tokens
+    return _embedding(model.get_text_features(**tokens))
+
+
+def _hf_embeds(model: Any, pixels: Tensor) -> Tensor:
+    output = model(pixel_values=pixels)
+    embeds = getattr(output, "image_embeds", None)
+    return output.pooler_output if embeds is None else embeds
+
+
+def _embedding(output: Any) -> Tensor:
+    """transformers 5 returns an output object whose `pooler_output` is the projected embedding."""
+    return getattr(output, "pooler_output", output)
+
+
+# -- a zero-shot classifier over either -----------------------------------------------------------
+
+
+def classifier_anatomy(model: nn.Module) -> Anatomy:
+    """`mmadapt.tasks.few_shot.ZeroShotClassifier`: image embeddings in, logits out."""
+    return Anatomy(
+        family="zero-shot-classifier",
+        spans={
+            "logits": Span(
+                "head",
+                ("out",),
+                x="0|features",
+                channels="head.weight@0",
+                channels_in="head.weight@1",
+                layout="BK",
+            )
+        },
+        towers={"head": "head"},
+        facts=_classifier_facts,
+    )
+
+
+def _classifier_facts(model: Any) -> dict[str, Any]:
+    return {"classes": list(model.names), "features": model.head.weight.shape[1]}

@@ -1,0 +1,97 @@
+"""The `mmadapt` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmadapt import __version__
+from mmadapt.errors import MmadaptError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 1 at an error mmadapt explains, 2 at wrong usage."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.run(chosen)
+    except MmadaptError as error:
+        print(f"mmadapt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mmadapt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmadapt", description="Small trainable adapters for large frozen models."
+    )
+    parser.add_argument("--version", action="version", version=f"mmadapt {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _demo(commands)
+    _zoo(commands)
+    return parser
+
+
+def _demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo", help="adapt a small backbone that comes with the package, and report"
+    )
+    demo.add_argument("name", nargs="?", default="clip", choices=("clip",), help="which (clip)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
+    )
+    demo.add_argument("--shots", type=int, default=16, help="images per class (16)")
+    demo.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="seeds of the draws of shots (1)"
+    )
+    demo.add_argument("--threads", type=int, default=0, help="CPU threads (as many as there are)")
+    demo.add_argument(
+        "--verify", type=Path, metavar="ADAPTER", help="only score a saved adapter, in a fresh backbone"
+    )
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(chosen: argparse.Namespace) -> int:
+    from mmadapt.demos import clip
+
+    if chosen.threads:
+        import torch
+
+        torch.set_num_threads(chosen.threads)
+    if chosen.verify:
+        print(clip.verify(chosen.verify))
+        return 0
+    clip.run(chosen.out, shots=chosen.shots, seeds=tuple(chosen.seeds))
+    return 0
+
+
+def _zoo(commands: argparse._SubParsersAction) -> None:
+    zoo = commands.add_parser("zoo", help="list the backbones mmadapt knows, or show one")
+    actions = zoo.add_subparsers(title="actions", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="every backbone whose name matches a pattern")
+    listing.add_argument("pattern", nargs="?", default="*")
+    listing.set_defaults(run=_run_zoo_list)
+    show = actions.add_parser("show", help="one entry, with its licence and measured numbers")
+    show.add_argument("name")
+    show.set_defaults(run=_run_zoo_show)
+
+
+def _run_zoo_list(chosen: argparse.Namespace) -> int:
+    from mmadapt.zoo import manifest
+
+    print(manifest.list(chosen.pattern))
+    return 0
+
+
+def _run_zoo_show(chosen: argparse.Namespace) -> int:
+    import json
+
+    from mmadapt.zoo import manifest
+
+    item = manifest.entry(chosen.name)
+    print(item)
+    print(json.dumps({"licence": item.licence, "input": item.input, "metrics": item.metrics}, indent=1))
+    return 0

@@ -1,0 +1,1 @@
+"""Sites, ports, layers and attachments: what every method and every backbone share."""

@@ -1,0 +1,176 @@
+"""Anatomies: for each family of backbones, a table of the roles its modules play.
+
+An anatomy is data. Which one fits a model is found by the model's class name, so that no
+backbone library is imported before one of its models is there. A third party announces one through
+the entry-point group `mmadapt.anatomies` (name: "module.Class", value: a function of the model).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.core.site import SiteView, Span
+from mmadapt.errors import BackboneError, SiteError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What mmadapt knows of one family of backbones.
+
+    Roles are written with `[i]` where a layer index stands, module paths with `{i}`.
+    """
+
+    #: name of the family; adapter files of one family fit every library that implements it
+    family: str
+    spans: Mapping[str, Span]
+    #: per tower, the module whose call runs all of the tower's blocks
+    towers: Mapping[str, str] = field(default_factory=dict)
+    #: read-only taps: role -> "module path:out"
+    taps: Mapping[str, str] = field(default_factory=dict)
+    #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
+    facts: Callable[[Any], dict[str, Any]] | None = None
+    #: "image" / "text" -> function (model, batch) -> pooled embeddings (B, D), not normalised
+    encode: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+
+    def roles(self, model: nn.Module) -> dict[str, Span]:
+        """Every role this model really has, with its span, in the order of the table."""
+        found: dict[str, Span] = {}
+        for role, span in self.spans.items():
+            for index in _indices(model, span.module) if "[i]" in role else (None,):
+                concrete = _at(span, index)
+                if _has(model, concrete):
+                    found[role.replace("[i]", f"[{index}]")] = concrete
+        return found
+
+    def view(self, model: nn.Module, role: str, port: str, span: Span) -> SiteView:
+        """The site `role:port` of `model`, with its module, widths and weight looked up."""
+        module = model.get_submodule(span.module)
+        width = width_in = 0
+        holder, parameter, rows = None, "", (0, 0)
+        reference = None
+        if span.weight:
+            path, _, parameter = span.weight.rpartition(".")
+            holder = model.get_submodule(path)
+            reference = weight = holder.get_parameter(parameter)
+            width, width_in = weight.shape[0] // span.block[1], weight[:1].numel()
+            rows = (span.block[0] * width, (span.block[0] + 1) * width)
+        if span.channels:
+            reference, width = _sized(model, span.channels)
+            width_in = width
+        if span.channels_in:
+            _, width_in = _sized(model, span.channels_in)
+        return SiteView(
+            name=f"{role}:{port}",
+            port=port,
+            span=span,
+            module=module,
+            width=width,
+            width_in=width_in,
+            holder=holder,
+            parameter=parameter,
+            rows=rows,
+            reference=reference,
+        )
+
+    def tap(self, role: str, name: str) -> tuple[str, str]:
+        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out")."""
+        block, _, _ = role.rpartition("]")
+        index = block.rpartition("[")[2]
+        for wanted in (f"{block}].{name}" if block else name, name):
+            template = wanted.replace(f"[{index}]", "[i]") if index else wanted
+            if template in self.taps:
+                return wanted, self.taps[template].replace("{i}", index)
+        raise SiteError(
+            f"a layer at {role!r} reads the tap {name!r}, which this anatomy does not offer",
+            "taps are " + (", ".join(self.taps) or "none"),
+        )
+
+
+def _indices(model: nn.Module, path: str) -> range:
+    """Indices of the repeated blocks that `{i}` in `path` stands for; empty where there are none."""
+    container, _, _ = path.partition(".{i}")
+    try:
+        return range(len(list(model.get_submodule(container).children())))
+    except AttributeError:
+        return range(0)
+
+
+def _at(span: Span, index: int | None) -> Span:
+    if index is None:
+        return span
+    from dataclasses import replace
+
+    def put(path: str) -> str:
+        return path.replace("{i}", str(index))
+
+    return replace(
+        span,
+        module=put(span.module),
+        channels=put(span.channels),
+        channels_in=put(span.channels_in),
+        weight=put(span.weight),
+    )
+
+
+def _sized(model: nn.Module, where: str) -> tuple[Tensor, int]:
+    """The tensor at "path" or "path@dimension", and its size there."""
+    path, _, dimension = where.partition("@")
+    owner, _, name = path.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), name)  # a parameter or a buffer
+    return tensor, tensor.shape[int(dimension or 0)]
+
+
+def _has(model: nn.Module, span: Span) -> bool:
+    try:
+        model.get_submodule(span.module)
+        for where in (span.channels, span.channels_in, span.weight):
+            if where:
+                _sized(model, where)
+    except (AttributeError, IndexError):
+        return False
+    return True
+
+
+#: fully qualified class name -> "module:function of the model" that returns its anatomy
+KNOWN: dict[str, str] = {
+    "open_clip.model.CLIP": "mmadapt.backbones.clip:open_clip_anatomy",
+    "open_clip.model.CustomTextCLIP": "mmadapt.backbones.clip:open_clip_anatomy",
+    "open_clip.transformer.VisionTransformer": "mmadapt.backbones.clip:open_clip_vision_anatomy",
+    "transformers.models.clip.modeling_clip.CLIPModel": "mmadapt.backbones.clip:hf_clip_anatomy",
+    "transformers.models.clip.modeling_clip.CLIPVisionModel": (
+        "mmadapt.backbones.clip:hf_clip_vision_anatomy"
+    ),
+    "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": (
+        "mmadapt.backbones.clip:hf_clip_vision_anatomy"
+    ),
+    "transformers.models.vit.modeling_vit.ViTModel": "mmadapt.backbones.vit:vit_anatomy",
+    "transformers.models.vit.modeling_vit.ViTForImageClassification": (
+        "mmadapt.backbones.vit:vit_anatomy"
+    ),
+    "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",
+}
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """The anatomy of `model`, by the name of its class or of a class it inherits from."""
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
+    for name in names:
+        if name in KNOWN:
+            module, _, function = KNOWN[name].partition(":")
+            return getattr(importlib.import_module(module), function)(model)
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="mmadapt.anatomies"):
+        if entry.name in names:
+            return entry.load()(model)
+    families = sorted({name.rpartition(".")[2] for name in KNOWN})
+    raise BackboneError(
+        f"no anatomy is known for {names[0]}; known classes are {', '.join(families)}",
+        "describe it: mmadapt.Backbone(model=…, anatomy=mmadapt.Anatomy(family=…, spans={…}))",
+    )

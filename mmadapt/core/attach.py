@@ -1,0 +1,262 @@
+"""The verbs that put adapters into a backbone, switch them and take them out."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.adapter import Adapter
+from mmadapt.core.backbone import unwrap, unwrap_model
+from mmadapt.core.compose import Composition, Stack, Sum, compose
+from mmadapt.core.site import select
+from mmadapt.errors import AdapterError, AttachError, SiteError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmadapt.core.anatomy import Anatomy
+    from mmadapt.core.attachment import Attachment
+    from mmadapt.core.bank import Bank
+    from mmadapt.core.site import SiteView
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def attach(
+    m: Any,
+    adapter: Adapter | Sequence[Adapter],
+    name: str = "default",
+    at: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    replace: bool = False,
+) -> Attachment:
+    """Put an adapter, or several under one name, into a backbone, in place.
+
+    Builds a layer at every site `at` selects (default: the adapter's own sites), freezes the
+    backbone and makes `name` the only active attachment. Runs no forward pass and leaves the global
+    random state alone: `seed` (default: one derived from `name`) feeds a private generator.
+
+    Raises `SiteError`, `AdapterError` or `AttachError` before anything is changed; a name that is
+    taken is an error unless `replace=True`.
+
+        att = mm.attach(clip, mm.Bottleneck(32), name="sketch", at="vision.layers[*].mlp")
+    """
+    adapters = _adapters(adapter)
+    model, anatomy, entry = unwrap(m)
+    sites = [resolve(model, anatomy, one, at) for one in adapters]
+    return install(model, anatomy, entry, adapters, sites, name, seed, replace)
+
+
+def install(
+    model: nn.Module,
+    anatomy: Anatomy,
+    entry: Any,
+    adapters: tuple[Adapter, ...],
+    sites: list[list[SiteView]],
+    name: str,
+    seed: int | None = None,
+    replace: bool = False,
+    tensors: dict[str, Any] | None = None,
+) -> Attachment:
+    """Build layers at resolved sites and register them; the end of `attach` and `load_adapter`.
+
+    `tensors`, by file key, are copied into the layers before the backbone is touched.
+    """
+    from mmadapt.core.attachment import Attachment
+    from mmadapt.core.bank import Bank, Record, bank_of, reset_compiled_code, seeded
+    from mmadapt.core.store import fill
+
+    _check_name(name)
+    bank = bank_of(model)
+    if bank is not None and name in bank.records and not replace:
+        raise AttachError(
+            f"an attachment named {name!r} is already there",
+            "pass replace=True to put the new one in its place, or choose another name",
+        )
+    _check_not_inside_another(model, sites)
+    generator = seeded(name, seed)
+    layers = {
+        f"{index}/{site.name}": adapter.build(site, generator)
+        for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True))
+        for site in chosen
+    }
+    taps = {site.name: {} for chosen in sites for site in chosen}
+    for index, chosen in enumerate(sites):
+        for site in chosen:
+            words = set(layers[f"{index}/{site.name}"].taps)
+            if site.span.x.startswith("tap:"):
+                words.add(site.span.x[4:])
+            for word in sorted(words):
+                site.taps[word], path = anatomy.tap(site.role, word)
+                taps[site.name][site.taps[word]] = path
+    if tensors is not None:
+        fill(layers, tensors)
+    # nothing has been changed up to here, and nothing below can fail for a user's mistake
+    if bank is not None and name in bank.records:
+        bank.drop(name)
+    if bank is None:
+        bank = Bank(model, anatomy, entry)
+        bank.seat(model)
+    record = Record(adapters, tuple(tuple(site.name for site in chosen) for chosen in sites))
+    bank.put(name, record, layers)
+    for site in (site for chosen in sites for site in chosen):
+        bank.install(site, taps[site.name])
+    bank.uninstall_unused()
+    bank.watch_first_forward()
+    bank.active = Sum(*(other for other in bank.active.names if other in bank.records))
+    bank.activate(Sum(name))
+    reset_compiled_code()
+    return Attachment(model, name)
+
+
+def resolve(
+    model: nn.Module, anatomy: Anatomy, adapter: Adapter, at: str | Sequence[str] | None
+) -> list[SiteView]:
+    """The sites of `model` where `adapter` would be built."""
+    patterns = adapter.default_sites if at is None else ([at] if isinstance(at, str) else list(at))
+    if not patterns:
+        raise SiteError(
+            f"{type(adapter).__name__} was given no site", "pass at=, for example at='*.layers[*].mlp'"
+        )
+    spans = anatomy.roles(model)
+    if at is None:  # defaults name roles of many families; one that is offered is enough
+        patterns = [p for p in patterns if _matches(p, spans)] or patterns
+    pairs = select(patterns, spans, adapter.ports)
+    return [anatomy.view(model, role, port, spans[role]) for role, port in pairs]
+
+
+def _matches(pattern: str, spans: Any) -> bool:
+    from mmadapt.core.site import match_roles
+
+    return bool(match_roles(pattern, spans)[0])
+
+
+def _adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
+    several = tuple(adapter) if isinstance(adapter, (list, tuple)) else (adapter,)
+    for one in several:
+        if not isinstance(one, Adapter):
+            what = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
+            raise AdapterError(
+                f"expected an adapter such as mmadapt.Bottleneck(32), got {what}",
+                "call the class to make one" if isinstance(one, type) else "",
+            )
+    if not several:
+        raise AdapterError("no adapter was given", "for example mmadapt.Bottleneck(32)")
+    return several
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise AttachError(
+            f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
+        )
+
+
+def _check_not_inside_another(model: nn.Module, sites: list[list[SiteView]]) -> None:
+    """Two banks must not meet at one module: the outer would count the inner's output as frozen."""
+    from mmadapt.core.bank import BANK, bank_of
+    from mmadapt.core.dispatch import SiteHook
+
+    own = bank_of(model)
+    for site in (site for chosen in sites for site in chosen):
+        hooks = [*site.module._forward_hooks.values(), *site.module._forward_pre_hooks.values()]
+        for hook in hooks:
+            if isinstance(hook, SiteHook) and (own is None or hook.context is not own.context):
+                raise AttachError(
+                    f"{site.name} already carries an adapter that was attached to another module "
+                    f"around or inside this {type(model).__name__}",
+                    f"attach to the module that holds {BANK!r}, or detach there first",
+                )
+
+
+# -- what is attached -----------------------------------------------------------------------
+
+
+def require_bank(m: Any) -> tuple[nn.Module, Bank]:
+    """The model and its bank; an error where nothing is attached."""
+    from mmadapt.core.bank import bank_of
+
+    model = unwrap_model(m)
+    bank = bank_of(model)
+    if bank is None:
+        raise AttachError(
+            f"nothing is attached to this {type(model).__name__}",
+            "mmadapt.attach(model, mmadapt.Bottleneck(32)) puts an adapter in",
+        )
+    return model, bank
+
+
+def require_name(bank: Bank, name: str | None, verb: str) -> str:
+    """The name given, checked, or the only one attached."""
+    if name is None:
+        if len(bank.records) != 1:
+            raise AttachError(
+                f"{verb} needs a name: {len(bank.records)} attachments are there "
+                f"({', '.join(bank.records)})",
+                f"for example {verb}(model, …, name={next(iter(bank.records))!r})",
+            )
+        return next(iter(bank.records))
+    if name not in bank.records:
+        raise AttachError(f"no attachment is named {name!r}", did_you_mean(str(name), bank.records))
+    return name
+
+
+def attachments(m: Any) -> dict[str, Attachment]:
+    """What is attached, by name, in the order it came; empty where nothing is."""
+    from mmadapt.core.attachment import Attachment
+    from mmadapt.core.bank import bank_of
+
+    model = unwrap_model(m)
+    bank = bank_of(model)
+    return {} if bank is None else {name: Attachment(model, name) for name in bank.records}
+
+
+def active(m: Any) -> Composition:
+    """The composition in force: `Sum()` when none is."""
+    return require_bank(m)[1].active
+
+
+def set_active(m: Any, *names: str | Composition) -> None:
+    """Choose which attachments act: one name, several (their changes add up), or a composition.
+
+    Without names the backbone runs bare. Replaces plans on installed hooks; costs microseconds.
+
+        mm.set_active(model, mm.Stack("domain", "task"))
+    """
+    _, bank = require_bank(m)
+    bank.activate(compose(names))
+
+
+@contextlib.contextmanager
+def disabled(m: Any) -> Iterator[Any]:
+    """Run the bare backbone inside the block; what was active is active again after it."""
+    _, bank = require_bank(m)
+    before = bank.active
+    bank.plans(Sum())
+    try:
+        yield m
+    finally:
+        if bank.active is before:  # else the block chose something itself
+            bank.plans(before)
+
+
+def detach(m: Any, name: str | None = None) -> None:
+    """Take one attachment out, or all of them; with the last one the backbone is as it was.
+
+    Its keys, values, hooks, `requires_grad` and train/eval flags are those before the first attach.
+    """
+    from mmadapt.core.bank import reset_compiled_code
+
+    _, bank = require_bank(m)
+    names = list(bank.records) if name is None else [require_name(bank, name, "detach")]
+    rest = tuple(other for other in bank.active.names if other not in names)
+    bank.activate(Stack(*rest) if isinstance(bank.active, Stack) else Sum(*rest))
+    for one in names:
+        bank.drop(one)
+    if bank.records:
+        bank.uninstall_unused()
+    else:
+        bank.leave()
+    reset_compiled_code()

@@ -1,0 +1,117 @@
+"""A check on demand: does the attachment really act, and really train?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.core.attach import require_bank
+from mmadapt.core.table import Table
+from mmadapt.errors import CheckError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check(m: Any, batch: Any) -> Table:
+    """Run one forward and one backward pass and verify what is active.
+
+    Every active site fires, every adapter tensor is reached by the gradient, no backbone tensor is.
+    `batch` is what the model takes: a tensor, a tuple of arguments, or a dictionary of keywords.
+    Flags, gradients and the random state are left as they were. Raises `CheckError`, else returns
+    one row per site; "zero" is a gradient that is exactly zero, as it is for one of two factors at
+    an identity start.
+    """
+    import torch
+
+    model, bank = require_bank(m)
+    if not bank.active.names:
+        raise CheckError("no attachment is active", f"set_active(model, {next(iter(bank.records))!r})")
+    leaking = [name for name, p in _backbone(model) if p.requires_grad]
+    if leaking:
+        raise CheckError(
+            f"{len(leaking)} backbone tensors require a gradient, first {leaking[0]!r}",
+            "freeze them: model.get_parameter(name).requires_grad_(False)",
+        )
+    hooks = [hook for hook in bank.hooks.values() if hook.plan]
+    fired = {hook.site.name: hook.fired for hook in hooks}
+    for hook in hooks:
+        hook.fired = False
+    tensors = [(key, name, p) for key, name, p in _adapter_tensors(bank)]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        total = _total(_call(model, batch))
+        silent = [hook.site.name for hook in hooks if not hook.fired]
+        for hook in hooks:
+            hook.fired = hook.fired or fired[hook.site.name]
+        if silent:
+            raise CheckError(
+                f"{len(silent)} sites did not fire: {', '.join(silent[:6])}",
+                "the batch does not reach them, or their modules are never called",
+            )
+        gradients = (
+            torch.autograd.grad(total, [p for *_, p in tensors], allow_unused=True)
+            if tensors and total.requires_grad
+            else [None] * len(tensors)
+        )
+    rows: dict[str, list[str]] = {}
+    unreached = []
+    for (key, name, _), gradient in zip(tensors, gradients, strict=True):
+        if gradient is None:
+            unreached.append(f"{key}.{name}")
+            continue
+        size = float(gradient.abs().max())
+        rows.setdefault(key, []).append(f"{name} {size:.2g}" if size else f"{name} zero")
+    if unreached:
+        raise CheckError(
+            f"{len(unreached)} adapter tensors get no gradient, first {unreached[0]!r}",
+            "the output does not depend on them",
+        )
+    table = Table(("site", "fired", "largest gradient"))
+    table.rows = [(key.partition("/")[2], True, "  ".join(parts)) for key, parts in rows.items()]
+    seen = {key.partition("/")[2] for key in rows}
+    table.rows += [(hook.site.name, True, "nothing to train") for hook in hooks if hook.site.name not in seen]
+    table.title = f"{len(hooks)} sites fire, {len(tensors)} tensors train, the backbone does not"
+    return table
+
+
+def _backbone(model: Any):
+    from mmadapt.core.bank import backbone_parameters
+
+    return backbone_parameters(model)
+
+
+def _adapter_tensors(bank: Any):
+    for name in bank.active.names:
+        for key, layer in bank.layers_of(name):
+            for tensor, parameter in layer.named_parameters():
+                yield key, tensor, parameter
+
+
+def _call(model: Any, batch: Any) -> Any:
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def _total(output: Any) -> Tensor:
+    """A scalar that depends on every floating tensor of the output."""
+    import torch
+
+    parts = [t.float().square().mean() for t in _tensors(output) if t.is_floating_point()]
+    if not parts:
+        raise CheckError("the model returned no floating-point tensor to differentiate")
+    return torch.stack(parts).sum()
+
+
+def _tensors(value: Any):
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

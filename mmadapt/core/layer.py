@@ -1,0 +1,60 @@
+"""The trainable layer an adapter builds at one site."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mmadapt.core.context import Context
+    from mmadapt.core.site import SiteView
+
+_WIDE = (torch.float32, torch.float64)
+
+
+class Layer(nn.Module):
+    """Base of all layers: flat parameters, no inner modules, one method per port it can use.
+
+    Layers hold no reference to the backbone; what they need of it comes with the `site`.
+    """
+
+    #: read-only taps it reads, each once a call: `context.read(site.taps[word])`
+    taps: ClassVar[tuple[str, ...]] = ()
+    #: whether its output may stand in a sum with others' (a plain `acc + delta`)
+    additive: ClassVar[bool] = True
+
+    def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        """Port `in`: the new input, shaped as x."""
+        raise NotImplementedError(f"{type(self).__name__} has no `in` port")
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        """Port `out`: acc + delta(y, x). In a sum y is the backbone's output; in a stack y is acc."""
+        raise NotImplementedError(f"{type(self).__name__} has no `out` port")
+
+    def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
+        """Port `weight`: the effective rows (width, width_in) for this role; `weight` is not changed."""
+        raise NotImplementedError(f"{type(self).__name__} has no `weight` port")
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers worth showing in `inspect`, such as gates; plain floats."""
+        return {}
+
+
+def empty(site: SiteView, *shape: int) -> nn.Parameter:
+    """An uninitialised parameter on the site's device.
+
+    float32 beside half-precision or quantised backbones, else in the backbone's dtype.
+    """
+    reference = site.reference
+    assert reference is not None
+    dtype = reference.dtype if reference.dtype in _WIDE else torch.float32
+    return nn.Parameter(torch.empty(shape, device=reference.device, dtype=dtype))
+
+
+def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Draw from U(−bound, bound) on the CPU, so that a seed means the same on every device."""
+    with torch.no_grad():
+        draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
+        parameter.copy_((draw * 2 - 1) * bound)

@@ -1,0 +1,119 @@
+"""Tables of what can be adapted, what would be, and what is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.core.attach import require_bank, require_name, resolve
+from mmadapt.core.backbone import unwrap
+from mmadapt.core.table import Table, count, shape_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmadapt.adapter import Adapter
+    from mmadapt.core.attachment import Attachment
+
+
+def sites(m: Any, pattern: str | None = None) -> Table:
+    """Where one can attach: every role with its ports and widths, alike layers in one row.
+
+    With a `pattern`, one row for each role it selects.
+    """
+    from mmadapt.core.site import match_roles
+
+    model, anatomy, _ = unwrap(m)
+    spans = anatomy.roles(model)
+    chosen = match_roles(pattern, spans)[0] if pattern else list(spans)
+    rows: dict[tuple, list[str]] = {}
+    for role in chosen:
+        span = spans[role]
+        view = anatomy.view(model, role, span.ports[0], span)
+        path = span.module or "(root)"
+        key = (
+            role if pattern else _general(role),
+            " ".join(span.ports),
+            str(view.width) if view.width == view.width_in else f"{view.width_in} → {view.width}",
+            path if pattern else re.sub(r"\.\d+(?=\.|$)", ".*", path),
+        )
+        rows.setdefault(key, []).append(role)
+    table = Table(("site", "ports", "width", "sites", "module"))
+    table.rows = [(*key[:3], len(roles), key[3]) for key, roles in rows.items()]
+    table.title = f"{type(model).__name__}: {len(chosen)} roles of family {anatomy.family!r}"
+    return table
+
+
+def plan(m: Any, adapter: Adapter, at: str | Sequence[str] | None = None) -> Table:
+    """What `attach` would build: for each pattern the sites, shapes and parameters; changes nothing."""
+    import torch
+
+    model, anatomy, _ = unwrap(m)
+    patterns = adapter.default_sites if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    table = Table(("site", "width", "tensors", "parameters"))
+    generator = torch.Generator().manual_seed(0)
+    total = 0
+    for site in resolve(model, anatomy, adapter, at):
+        layer = adapter.build(site, generator)
+        size = sum(parameter.numel() for parameter in layer.parameters())
+        shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
+        table.rows.append((site.name, site.width, shapes, size))
+        total += size
+    table.title = (
+        f"{adapter} at {', '.join(patterns)}: {len(table)} sites, {_share(total, model)}"
+    )
+    return table
+
+
+def summary(attachment: Attachment) -> Table:
+    """One row per group of alike sites of one attachment."""
+    model, bank = require_bank(attachment.model)
+    record = bank.records[require_name(bank, attachment.name, "summary")]
+    groups: dict[tuple, list[int]] = {}
+    for key, layer in bank.layers_of(attachment.name):
+        index, _, site = key.partition("/")
+        shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
+        shapes = shapes or " ".join(f"{name} {shape_of(b)}" for name, b in layer.named_buffers())
+        group = (_general(site), type(record.adapters[int(index)]).__name__, shapes)
+        groups.setdefault(group, []).append(sum(p.numel() for p in layer.parameters()))
+    table = Table(("site", "adapter", "tensors", "sites", "parameters"))
+    table.rows = [(*group, len(sizes), sum(sizes)) for group, sizes in groups.items()]
+    state = "active" if attachment.name in bank.active.names else "not active"
+    total = attachment.num_parameters
+    table.title = (
+        f"{attachment.name} ({state}): {len(attachment.sites)} sites, {_share(total, model)} trainable"
+    )
+    return table
+
+
+def inspect(m: Any) -> Table:
+    """What is attached: every layer with its parameters, norm and gates."""
+    model, bank = require_bank(m)
+    table = Table(("attachment", "site", "adapter", "parameters", "norm", "values"))
+    for name, record in bank.records.items():
+        for key, layer in bank.layers_of(name):
+            index, _, site = key.partition("/")
+            tensors = list(layer.parameters())
+            norm = sum(float(t.detach().float().square().sum()) for t in tensors) ** 0.5
+            values = "  ".join(f"{k} {v:.4g}" for k, v in layer.describe().items())
+            method = type(record.adapters[int(index)]).__name__
+            size = sum(t.numel() for t in tensors)
+            table.rows.append((name, site, method, size, norm, values))
+    table.title = (
+        f"{type(model).__name__}: {len(bank.records)} attached "
+        f"({', '.join(bank.records)}), active: {bank.active!r}"
+    )
+    return table
+
+
+def _general(name: str) -> str:
+    return re.sub(r"\[\d+\]", "[*]", name)
+
+
+def _share(added: int, model: nn.Module) -> str:
+    from mmadapt.core.bank import backbone_parameters
+
+    own = sum(parameter.numel() for _, parameter in backbone_parameters(model))
+    share = 100 * added / own if own else 0.0
+    return f"{count(added)} of {count(own)} parameters ({share:.2g} %)"

@@ -1,0 +1,1 @@
+"""The layers that adapters build; each file reads like its papers' method sections."""

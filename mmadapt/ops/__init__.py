@@ -1,0 +1,1 @@
+"""The operations adapters are made of, each defined once."""

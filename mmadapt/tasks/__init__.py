@@ -1,0 +1,1 @@
+"""Ready tasks: from data to a table of results."""

@@ -1,0 +1,1 @@
+"""The small training loop, its flags, and frozen features kept on disk."""

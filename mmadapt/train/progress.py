@@ -1,0 +1,109 @@
+"""Progress of long work: a bar in a terminal, one line of HTML in a notebook.
+
+The notebook form leaves a readable line (and a loss curve) in the saved file and no widget state.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+
+def in_notebook() -> bool:
+    """Whether rich output is shown: an IPython kernel, not a terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+class Progress:
+    """Counts steps towards `total`; `update(n, text, curve)` at most four times a second.
+
+    With `show=False` it counts and shows nothing.
+    """
+
+    def __init__(self, label: str, total: int, show: bool = True) -> None:
+        self.label = label
+        self.total = total
+        self.show = show
+        self.done = 0
+        self._text = ""
+        self._curve: Sequence[float] = ()
+        self._last = 0.0
+        self._handle: Any = None
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.show and not in_notebook():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total, desc=self.label, leave=False, mininterval=0.25)
+        return self
+
+    def update(self, done: int, text: str = "", curve: Sequence[float] = ()) -> None:
+        """Say that `done` of `total` steps are behind us, with a short text and the losses so far."""
+        self._text, self._curve = text, curve
+        if self._bar is not None:
+            self._bar.update(done - self.done)
+            self._bar.set_postfix_str(text, refresh=False)
+        self.done = done
+        if self.show and self._bar is None and time.monotonic() - self._last > 0.25:
+            self._draw(final=False)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self.show:
+            self._draw(final=True)
+
+    def _draw(self, final: bool) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        self._last = time.monotonic()
+        text = f"{self.label}: {self.done}/{self.total}  {self._text}".rstrip()
+        bar = (
+            ""
+            if final
+            else f'<progress max="{self.total}" value="{self.done}" style="vertical-align:middle">'
+            "</progress> "
+        )
+        bundle = {
+            "text/plain": text,
+            "text/html": f"{curve_svg(self._curve)}{bar}<code>{html.escape(text)}</code>",
+        }
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+
+def curve_svg(values: Sequence[float], width: int = 360, height: int = 90) -> str:
+    """A small curve as inline SVG, readable in any front end; empty for fewer than two values."""
+    points = [value for value in values if value == value and abs(value) != float("inf")]
+    if len(points) < 2:
+        return ""
+    step = max(1, len(points) // width)
+    points = [sum(points[i : i + step]) / len(points[i : i + step]) for i in range(0, len(points), step)]
+    low, high = min(points), max(points)
+    spread = (high - low) or 1.0
+    path = " ".join(
+        f"{i * (width - 2) / max(1, len(points) - 1) + 1:.1f},"
+        f"{height - 14 - (value - low) / spread * (height - 28):.1f}"
+        for i, value in enumerate(points)
+    )
+    return (
+        f'<svg width="{width}" height="{height}" role="img" aria-label="loss curve" '
+        'style="display:block;background:#fff">'
+        f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
+        f'<text x="2" y="11" font-size="10" fill="#555">{high:.4g}</text>'
+        f'<text x="2" y="{height - 2}" font-size="10" fill="#555">{low:.4g}</text></svg>'
+    )

@@ -1,0 +1,1 @@
+"""Views over plain results: reports and figures."""

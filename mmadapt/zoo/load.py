@@ -1,0 +1,111 @@
+"""From a zoo name or a folder to a backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.core.backbone import Backbone
+from mmadapt.errors import ZooError
+from mmadapt.zoo.manifest import Entry, data_folder, entry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load(name: str | Path) -> Backbone:
+    """A backbone by zoo name, or from a folder (a `Path`, or text that starts with ./, / or ~).
+
+    Folders hold an open_clip model (`open_clip_config.json`) or a transformers one (`config.json`)
+    with safetensors weights. The model is in eval mode; the global random state is left alone.
+
+        clip = mm.load("tiny/clip")
+    """
+    if isinstance(name, Path) or (isinstance(name, str) and name.startswith(("./", "../", "/", "~"))):
+        return _from_folder(Path(name).expanduser(), None)
+    if not isinstance(name, str):
+        raise ZooError(
+            f"expected a zoo name or a folder, got {type(name).__name__}", 'mmadapt.load("tiny/clip")'
+        )
+    if name.startswith("hf:"):
+        raise ZooError(
+            f"hub ids such as {name!r} cannot be fetched by this version",
+            "download the files yourself and pass their folder: mmadapt.load('./folder')",
+        )
+    item = entry(name)
+    folder = data_folder() / item.source["bundled"]
+    _verify(folder, item)
+    return _from_folder(folder, item)
+
+
+def _verify(folder: Path, item: Entry) -> None:
+    """Every file of an entry is there, with its size and digest."""
+    import hashlib
+
+    for file in item.files:
+        path = folder / file["path"]
+        if not path.is_file():
+            raise ZooError(f"{item.name}: {file['path']} is missing", "reinstall mmadapt")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            raise ZooError(
+                f"{item.name}: {file['path']} is damaged ({len(content)} bytes, expected "
+                f"{file['size']} with sha256 {file['sha256'][:12]}…)",
+                "reinstall mmadapt",
+            )
+
+
+def _from_folder(folder: Path, item: Entry | None) -> Backbone:
+    if not folder.is_dir():
+        raise ZooError(f"no folder at {folder}", "zoo names have no leading './' or '/'")
+    if (folder / "open_clip_config.json").is_file():
+        return _open_clip(folder, item)
+    if (folder / "config.json").is_file():
+        from transformers import AutoModel
+
+        return Backbone(AutoModel.from_pretrained(folder).eval(), entry=item)
+    raise ZooError(
+        f"{folder} holds neither open_clip_config.json nor config.json",
+        "point at the folder with the model's configuration and weights",
+    )
+
+
+def _open_clip(folder: Path, item: Entry | None) -> Backbone:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    from mmadapt.backbones.images import OpenClipPreprocess
+
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    model_config = config["model_cfg"]
+    model = _open_clip_model(model_config)
+    _fill(model, folder)
+    merges = folder / "bpe.txt.gz"
+    tokenize = SimpleTokenizer(
+        **({"bpe_path": str(merges)} if merges.is_file() else {}),
+        context_length=model_config["text_cfg"]["context_length"],
+    )
+    preprocess = OpenClipPreprocess(
+        model_config["vision_cfg"]["image_size"], config.get("preprocess_cfg", {})
+    )
+    return Backbone(model.eval(), preprocess, tokenize, entry=item)
+
+
+def _open_clip_model(config: dict[str, Any]) -> nn.Module:
+    """A model with values still to come; building it must not move the global random state."""
+    import torch
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    config = {key: value for key, value in config.items() if key != "custom_text"}
+    custom = any(key in config.get("text_cfg", {}) for key in ("hf_model_name", "proj_type"))
+    with torch.random.fork_rng(devices=[]):
+        return (CustomTextCLIP if custom else CLIP)(**config)
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if path is None:
+        raise ZooError(f"{folder} has no safetensors weights", "convert them to safetensors first")
+    model.load_state_dict(load_file(path))
