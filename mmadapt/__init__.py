@@ -69,7 +69,9 @@ def __getattr__(name: str) -> Any:
     from mmadapt.errors import did_you_mean
 
     hint = did_you_mean(name, __all__) if not name.startswith("_") else ""
-    raise AttributeError(f"module 'mmadapt' has no attribute {name!r}" + (f"; {hint}" if hint else ""))
+    raise AttributeError(
+        f"module 'mmadapt' has no attribute {name!r}" + (f"; {hint}" if hint else "")
+    )
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from mmadapt.errors import AdapterError, did_you_mean
 
@@ -62,9 +62,10 @@ class Adapter:
 
 
 _REGISTRY: dict[str, type[Adapter]] = {}
+_A = TypeVar("_A", bound=Adapter)
 
 
-def register_adapter(cls: type[Adapter]) -> type[Adapter]:
+def register_adapter(cls: type[_A]) -> type[_A]:
     """Class decorator: make an adapter known by its `method` name, so that its files load."""
     if not cls.method:
         raise AdapterError(f"{cls.__name__} has no method name", "set the class variable `method`")
@@ -146,7 +147,9 @@ class Bottleneck(Adapter):
     layer: ClassVar[str] = "mmadapt.methods.bottleneck:BottleneckLayer"
     ports: ClassVar[tuple[str, ...]] = ("out",)
     default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp",)
-    source: ClassVar[str] = "Houlsby et al. 2019, arXiv:1902.00751; He et al. 2022, arXiv:2110.04366"
+    source: ClassVar[str] = (
+        "Houlsby et al. 2019, arXiv:1902.00751; He et al. 2022, arXiv:2110.04366"
+    )
 
     width: int = 32
     placement: Literal["sequential", "parallel"] = "sequential"
@@ -256,4 +259,6 @@ class TipAdapter(Adapter):
         _number(self, "residual", low=0.0, high=1e6)
         _number(self, "sharpness", low=0.0, high=1e6)
         if not isinstance(self.train_keys, bool):
-            raise AdapterError(f"TipAdapter: train_keys is {self.train_keys!r}, expected True or False")
+            raise AdapterError(
+                f"TipAdapter: train_keys is {self.train_keys!r}, expected True or False"
+            )

@@ -49,7 +49,10 @@ def _demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument("--threads", type=int, default=0, help="CPU threads (as many as there are)")
     demo.add_argument(
-        "--verify", type=Path, metavar="ADAPTER", help="only score a saved adapter, in a fresh backbone"
+        "--verify",
+        type=Path,
+        metavar="ADAPTER",
+        help="only score a saved adapter, in a fresh backbone",
     )
     demo.set_defaults(run=_run_demo)
 
@@ -93,5 +96,9 @@ def _run_zoo_show(chosen: argparse.Namespace) -> int:
 
     item = manifest.entry(chosen.name)
     print(item)
-    print(json.dumps({"licence": item.licence, "input": item.input, "metrics": item.metrics}, indent=1))
+    print(
+        json.dumps(
+            {"licence": item.licence, "input": item.input, "metrics": item.metrics}, indent=1
+        )
+    )
     return 0

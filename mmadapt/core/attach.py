@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from mmadapt.core.attachment import Attachment
     from mmadapt.core.bank import Bank
     from mmadapt.core.site import SiteView
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def attach(
@@ -43,72 +40,12 @@ def attach(
 
         att = mm.attach(clip, mm.Bottleneck(32), name="sketch", at="vision.layers[*].mlp")
     """
+    from mmadapt.core.install import install
+
     adapters = _adapters(adapter)
     model, anatomy, entry = unwrap(m)
     sites = [resolve(model, anatomy, one, at) for one in adapters]
     return install(model, anatomy, entry, adapters, sites, name, seed, replace)
-
-
-def install(
-    model: nn.Module,
-    anatomy: Anatomy,
-    entry: Any,
-    adapters: tuple[Adapter, ...],
-    sites: list[list[SiteView]],
-    name: str,
-    seed: int | None = None,
-    replace: bool = False,
-    tensors: dict[str, Any] | None = None,
-) -> Attachment:
-    """Build layers at resolved sites and register them; the end of `attach` and `load_adapter`.
-
-    `tensors`, by file key, are copied into the layers before the backbone is touched.
-    """
-    from mmadapt.core.attachment import Attachment
-    from mmadapt.core.bank import Bank, Record, bank_of, reset_compiled_code, seeded
-    from mmadapt.core.store import fill
-
-    _check_name(name)
-    bank = bank_of(model)
-    if bank is not None and name in bank.records and not replace:
-        raise AttachError(
-            f"an attachment named {name!r} is already there",
-            "pass replace=True to put the new one in its place, or choose another name",
-        )
-    _check_not_inside_another(model, sites)
-    generator = seeded(name, seed)
-    layers = {
-        f"{index}/{site.name}": adapter.build(site, generator)
-        for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True))
-        for site in chosen
-    }
-    taps = {site.name: {} for chosen in sites for site in chosen}
-    for index, chosen in enumerate(sites):
-        for site in chosen:
-            words = set(layers[f"{index}/{site.name}"].taps)
-            if site.span.x.startswith("tap:"):
-                words.add(site.span.x[4:])
-            for word in sorted(words):
-                site.taps[word], path = anatomy.tap(site.role, word)
-                taps[site.name][site.taps[word]] = path
-    if tensors is not None:
-        fill(layers, tensors)
-    # nothing has been changed up to here, and nothing below can fail for a user's mistake
-    if bank is not None and name in bank.records:
-        bank.drop(name)
-    if bank is None:
-        bank = Bank(model, anatomy, entry)
-        bank.seat(model)
-    record = Record(adapters, tuple(tuple(site.name for site in chosen) for chosen in sites))
-    bank.put(name, record, layers)
-    for site in (site for chosen in sites for site in chosen):
-        bank.install(site, taps[site.name])
-    bank.uninstall_unused()
-    bank.watch_first_forward()
-    bank.active = Sum(*(other for other in bank.active.names if other in bank.records))
-    bank.activate(Sum(name))
-    reset_compiled_code()
-    return Attachment(model, name)
 
 
 def resolve(
@@ -118,7 +55,8 @@ def resolve(
     patterns = adapter.default_sites if at is None else ([at] if isinstance(at, str) else list(at))
     if not patterns:
         raise SiteError(
-            f"{type(adapter).__name__} was given no site", "pass at=, for example at='*.layers[*].mlp'"
+            f"{type(adapter).__name__} was given no site",
+            "pass at=, for example at='*.layers[*].mlp'",
         )
     spans = anatomy.roles(model)
     if at is None:  # defaults name roles of many families; one that is offered is enough
@@ -134,7 +72,7 @@ def _matches(pattern: str, spans: Any) -> bool:
 
 
 def _adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
-    several = tuple(adapter) if isinstance(adapter, (list, tuple)) else (adapter,)
+    several: tuple[Any, ...] = tuple(adapter) if isinstance(adapter, (list, tuple)) else (adapter,)
     for one in several:
         if not isinstance(one, Adapter):
             what = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
@@ -145,30 +83,6 @@ def _adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
     if not several:
         raise AdapterError("no adapter was given", "for example mmadapt.Bottleneck(32)")
     return several
-
-
-def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise AttachError(
-            f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
-        )
-
-
-def _check_not_inside_another(model: nn.Module, sites: list[list[SiteView]]) -> None:
-    """Two banks must not meet at one module: the outer would count the inner's output as frozen."""
-    from mmadapt.core.bank import BANK, bank_of
-    from mmadapt.core.dispatch import SiteHook
-
-    own = bank_of(model)
-    for site in (site for chosen in sites for site in chosen):
-        hooks = [*site.module._forward_hooks.values(), *site.module._forward_pre_hooks.values()]
-        for hook in hooks:
-            if isinstance(hook, SiteHook) and (own is None or hook.context is not own.context):
-                raise AttachError(
-                    f"{site.name} already carries an adapter that was attached to another module "
-                    f"around or inside this {type(model).__name__}",
-                    f"attach to the module that holds {BANK!r}, or detach there first",
-                )
 
 
 # -- what is attached -----------------------------------------------------------------------

@@ -25,7 +25,9 @@ def check(m: Any, batch: Any) -> Table:
 
     model, bank = require_bank(m)
     if not bank.active.names:
-        raise CheckError("no attachment is active", f"set_active(model, {next(iter(bank.records))!r})")
+        raise CheckError(
+            "no attachment is active", f"set_active(model, {next(iter(bank.records))!r})"
+        )
     leaking = [name for name, p in _backbone(model) if p.requires_grad]
     if leaking:
         raise CheckError(
@@ -68,7 +70,9 @@ def check(m: Any, batch: Any) -> Table:
     table = Table(("site", "fired", "largest gradient"))
     table.rows = [(key.partition("/")[2], True, "  ".join(parts)) for key, parts in rows.items()]
     seen = {key.partition("/")[2] for key in rows}
-    table.rows += [(hook.site.name, True, "nothing to train") for hook in hooks if hook.site.name not in seen]
+    table.rows += [
+        (hook.site.name, True, "nothing to train") for hook in hooks if hook.site.name not in seen
+    ]
     table.title = f"{len(hooks)} sites fire, {len(tensors)} tensors train, the backbone does not"
     return table
 

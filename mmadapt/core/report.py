@@ -50,7 +50,9 @@ def plan(m: Any, adapter: Adapter, at: str | Sequence[str] | None = None) -> Tab
     import torch
 
     model, anatomy, _ = unwrap(m)
-    patterns = adapter.default_sites if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    patterns = (
+        adapter.default_sites if at is None else ((at,) if isinstance(at, str) else tuple(at))
+    )
     table = Table(("site", "width", "tensors", "parameters"))
     generator = torch.Generator().manual_seed(0)
     total = 0
@@ -60,9 +62,7 @@ def plan(m: Any, adapter: Adapter, at: str | Sequence[str] | None = None) -> Tab
         shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
         table.rows.append((site.name, site.width, shapes, size))
         total += size
-    table.title = (
-        f"{adapter} at {', '.join(patterns)}: {len(table)} sites, {_share(total, model)}"
-    )
+    table.title = f"{adapter} at {', '.join(patterns)}: {len(table)} sites, {_share(total, model)}"
     return table
 
 
@@ -81,9 +81,7 @@ def summary(attachment: Attachment) -> Table:
     table.rows = [(*group, len(sizes), sum(sizes)) for group, sizes in groups.items()]
     state = "active" if attachment.name in bank.active.names else "not active"
     total = attachment.num_parameters
-    table.title = (
-        f"{attachment.name} ({state}): {len(attachment.sites)} sites, {_share(total, model)} trainable"
-    )
+    table.title = f"{attachment.name} ({state}): {len(attachment.sites)} sites, {_share(total, model)} trainable"
     return table
 
 

@@ -188,7 +188,9 @@ def _nothing_matched(pattern: str, spans: Mapping[str, Span]) -> SiteError:
     near = closest(wanted, general, n=4)
     if wanted in general:  # the name is right, so the index is not
         count = sum(re.sub(r"\[\d+\]", "[*]", role) == wanted for role in spans)
-        return SiteError(f"site pattern {pattern!r} matches nothing: there are {count} of {wanted!r}")
+        return SiteError(
+            f"site pattern {pattern!r} matches nothing: there are {count} of {wanted!r}"
+        )
     return SiteError(
         f"site pattern {pattern!r} matches nothing in this backbone",
         "the nearest sites are " + ", ".join(near or general[:6]),

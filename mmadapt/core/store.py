@@ -13,17 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attach import install, require_bank, require_name
+from mmadapt.core.attach import require_bank, require_name
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.table import shape_of
-from mmadapt.errors import AdapterError, AdapterFileError, SiteError, WrongBackboneError
+from mmadapt.errors import AdapterError, AdapterFileError, WrongBackboneError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.attachment import Attachment
-    from mmadapt.core.layer import Layer
     from mmadapt.core.site import SiteView
 
 SCHEMA = 1
@@ -105,6 +104,8 @@ def load_adapter(
     `AdapterFileError` or `WrongBackboneError`, and nothing is attached.
     """
     import warnings
+
+    from mmadapt.core.install import install
 
     folder = Path(path).expanduser()
     manifest, tensors = read(folder)
@@ -222,51 +223,12 @@ def _rebuild(
     for site in data["sites"]:
         role, _, port = str(site).rpartition(":")
         if role not in spans or port not in spans[role].ports:
-            nearest = SiteError("")
-            from mmadapt.errors import did_you_mean
-
-            nearest.hint = did_you_mean(role, spans)
             raise WrongBackboneError(
-                f"{folder}: site {site!r} is not in this {type(model).__name__}", nearest.hint
+                f"{folder}: site {site!r} is not in this {type(model).__name__}",
+                did_you_mean(role, spans),
             )
         chosen.append(anatomy.view(model, role, port, spans[role]))
     return adapter, chosen
-
-
-def fill(layers: dict[str, Layer], tensors: dict[str, Tensor]) -> None:
-    """Copy saved tensors into freshly built layers; all mismatches are named, none is tolerated."""
-    import torch
-
-    wanted = {
-        f"{key}/{tensor}": value
-        for key, layer in layers.items()
-        for tensor, value in layer.state_dict().items()
-    }
-    missing = sorted(wanted.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - wanted.keys())
-    shapes = [
-        f"{key} is {shape_of(tensors[key])}, expected {shape_of(wanted[key])}"
-        for key in sorted(wanted.keys() & tensors.keys())
-        if tensors[key].shape != wanted[key].shape
-        or tensors[key].is_floating_point() != wanted[key].is_floating_point()
-    ]
-    problems = [
-        f"{len(names)} {kind}: {'; '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape or kind", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise AdapterFileError(
-            "the tensors do not fit: " + ". ".join(problems),
-            "nothing was loaded; the file and its adapter.json do not belong together",
-        )
-    with torch.no_grad():
-        for key, value in wanted.items():
-            value.copy_(tensors[key])
 
 
 def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, Any]:
@@ -294,9 +256,7 @@ def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
     return found
 
 
-def _check_backbone(
-    folder: Path, card: dict[str, Any], model: nn.Module, anatomy: Anatomy
-) -> None:
+def _check_backbone(folder: Path, card: dict[str, Any], model: nn.Module, anatomy: Anatomy) -> None:
     """Refuse a backbone that differs in family, facts or widths; the class may differ."""
     made_for = card.get("zoo") or card.get("class")
     if card.get("family") != anatomy.family:

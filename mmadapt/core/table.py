@@ -49,11 +49,15 @@ class Table:
 
         def cell(tag: str, value: str, is_right: bool) -> str:
             align = "right" if is_right else "left"
-            return f'<{tag} style="text-align:{align};padding:2px 10px">{html.escape(value)}</{tag}>'
+            return (
+                f'<{tag} style="text-align:{align};padding:2px 10px">{html.escape(value)}</{tag}>'
+            )
 
         head = "".join(cell("th", name, r) for name, r in zip(self.columns, right, strict=True))
         body = "".join(
-            "<tr>" + "".join(cell("td", text(v), r) for v, r in zip(row, right, strict=True)) + "</tr>"
+            "<tr>"
+            + "".join(cell("td", text(v), r) for v, r in zip(row, right, strict=True))
+            + "</tr>"
             for row in self.rows
         )
         title = f"<div><b>{html.escape(self.title)}</b></div>" if self.title else ""
@@ -101,5 +105,11 @@ def count(number: int) -> str:
 def shape_of(tensor: Any) -> str:
     """A tensor as equinox prints it: f32[8,16]."""
     kind = str(tensor.dtype).removeprefix("torch.")
-    short = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int64": "i64"}
+    short = {
+        "float32": "f32",
+        "float64": "f64",
+        "float16": "f16",
+        "bfloat16": "bf16",
+        "int64": "i64",
+    }
     return f"{short.get(kind, kind)}[{','.join(map(str, tensor.shape))}]"

@@ -39,9 +39,7 @@ def task(test_images: int = 1000) -> tuple[few_shot.Labelled, few_shot.Labelled]
 def source(images: int = 500) -> few_shot.Source:
     """What the backbone was trained for, in combinations it never saw: 22 objects in scenes."""
     pictures, attributes = scenes(images, seed=99, split="held_out_triples")
-    return few_shot.Source(
-        few_shot.labelled(pictures, attributes[:, 0], object_names()), TEMPLATES
-    )
+    return few_shot.Source(few_shot.labelled(pictures, attributes[:, 0], object_names()), TEMPLATES)
 
 
 def run(
@@ -55,7 +53,14 @@ def run(
     train, test = task()
     show(f"{clip!r}\n{len(test.names)} classes, {shots} shots each, {len(test)} test images\n")
     comparison = few_shot.compare(
-        clip, train, test, templates=TEMPLATES, shots=(shots,), seeds=seeds, source=source(), show=show
+        clip,
+        train,
+        test,
+        templates=TEMPLATES,
+        shots=(shots,),
+        seeds=seeds,
+        source=source(),
+        show=show,
     )
     show("")
     before, attachment, history = _keep(clip, train, test, shots, seeds[0], out)
@@ -96,7 +101,14 @@ def _keep(
 
     attachment = mm.attach(clip, ADAPTER, name="handwriting", at=AT, seed=seed, replace=True)
     history = mm.fit(
-        clip, (pixels, labels), loss=loss, steps=160, lr=5e-3, batch_size=48, seed=seed, progress=False
+        clip,
+        (pixels, labels),
+        loss=loss,
+        steps=160,
+        lr=5e-3,
+        batch_size=48,
+        seed=seed,
+        progress=False,
     )
     accuracy = _accuracy(clip, test)
     mm.save(clip, out / "adapter", "handwriting", metrics={"handwriting": accuracy, "shots": shots})
@@ -163,7 +175,7 @@ def _report(
     page.figure(loss_figure({repr(ADAPTER): history.losses}), "Training loss.")
     page.table(_confusions(clip, test))
     page.code(
-        'import mmadapt as mm\n\n'
+        "import mmadapt as mm\n\n"
         f'clip = mm.load("{BACKBONE}")\n'
         f'mm.load_adapter(clip, "{out.name}/adapter")   # {100 * accuracy:.1f} % on the test images'
     )

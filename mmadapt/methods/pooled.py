@@ -60,6 +60,11 @@ class ClipAdapterLayer(Layer):
 class TipAdapterLayer(Layer):
     """keys (N, D), a parameter with `train_keys`; buffers labels (N,) int64, residual, sharpness."""
 
+    keys: Tensor
+    labels: Tensor
+    residual: Tensor
+    sharpness: Tensor
+
     def __init__(self, adapter: TipAdapter, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
         self.classes = site.width

@@ -105,7 +105,9 @@ def fit(
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
     rise = max(1.0, warmup * steps)
-    return min(1.0, (step + 1) / rise) * (0.5 * (1 + math.cos(math.pi * step / steps)) * 0.99 + 0.01)
+    return min(1.0, (step + 1) / rise) * (
+        0.5 * (1 + math.cos(math.pi * step / steps)) * 0.99 + 0.01
+    )
 
 
 def _check_loss(value: Any, step: int) -> None:
@@ -163,11 +165,12 @@ def _cycled(data: Iterable[Any]) -> Iterator[tuple]:
             yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
         if empty:
             raise DataError(
-                "data ran out of batches", "pass a list or a DataLoader, which start over, or fewer steps"
+                "data ran out of batches",
+                "pass a list or a DataLoader, which start over, or fewer steps",
             )
 
 
-class train_mode:  # noqa: N801  (a verb, used like torch.no_grad)
+class train_mode:
     """The right flags for a plain loop: backbone in eval mode, active adapters in train mode.
 
     Acts when called; as a context manager it gives the flags back. A model without attachments is

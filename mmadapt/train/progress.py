@@ -92,7 +92,9 @@ def curve_svg(values: Sequence[float], width: int = 360, height: int = 90) -> st
     if len(points) < 2:
         return ""
     step = max(1, len(points) // width)
-    points = [sum(points[i : i + step]) / len(points[i : i + step]) for i in range(0, len(points), step)]
+    points = [
+        sum(points[i : i + step]) / len(points[i : i + step]) for i in range(0, len(points), step)
+    ]
     low, high = min(points), max(points)
     spread = (high - low) or 1.0
     path = " ".join(

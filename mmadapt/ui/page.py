@@ -74,7 +74,9 @@ def image_grid(images: Any, captions: Any, columns: int = 8, title: str = "") ->
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.1 * columns, 1.3 * rows + (0.3 if title else 0)), layout="constrained")
+    figure = Figure(
+        figsize=(1.1 * columns, 1.3 * rows + (0.3 if title else 0)), layout="constrained"
+    )
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for place, axis in enumerate(axes):
         axis.axis("off")

@@ -1,7 +1,7 @@
 """The zoo: a registry of backbones, readable without torch.
 
-    mm.zoo.list()            # a table of names
-    mm.zoo.entry("tiny/clip")
+mm.zoo.list()            # a table of names
+mm.zoo.entry("tiny/clip")
 """
 
 from __future__ import annotations

@@ -22,11 +22,14 @@ def load(name: str | Path) -> Backbone:
 
         clip = mm.load("tiny/clip")
     """
-    if isinstance(name, Path) or (isinstance(name, str) and name.startswith(("./", "../", "/", "~"))):
+    if isinstance(name, Path) or (
+        isinstance(name, str) and name.startswith(("./", "../", "/", "~"))
+    ):
         return _from_folder(Path(name).expanduser(), None)
     if not isinstance(name, str):
         raise ZooError(
-            f"expected a zoo name or a folder, got {type(name).__name__}", 'mmadapt.load("tiny/clip")'
+            f"expected a zoo name or a folder, got {type(name).__name__}",
+            'mmadapt.load("tiny/clip")',
         )
     if name.startswith("hf:"):
         raise ZooError(
@@ -81,10 +84,10 @@ def _open_clip(folder: Path, item: Entry | None) -> Backbone:
     model = _open_clip_model(model_config)
     _fill(model, folder)
     merges = folder / "bpe.txt.gz"
-    tokenize = SimpleTokenizer(
-        **({"bpe_path": str(merges)} if merges.is_file() else {}),
-        context_length=model_config["text_cfg"]["context_length"],
-    )
+    settings: dict[str, Any] = {"context_length": model_config["text_cfg"]["context_length"]}
+    if merges.is_file():
+        settings["bpe_path"] = str(merges)
+    tokenize = SimpleTokenizer(**settings)
     preprocess = OpenClipPreprocess(
         model_config["vision_cfg"]["image_size"], config.get("preprocess_cfg", {})
     )

@@ -75,6 +75,8 @@ def list(pattern: str = "*") -> Table:
         if fnmatch(item.name, pattern):
             size = sum(file["size"] for file in item.files) / 1e6
             licence = item.licence["weights"]
-            table.rows.append((item.name, count(item.parameters), f"{size:.1f}", licence, item.summary))
+            table.rows.append(
+                (item.name, count(item.parameters), f"{size:.1f}", licence, item.summary)
+            )
     table.title = f"{len(table)} backbones"
     return table

@@ -1,11 +1,11 @@
 """Few-shot image classification with a contrastive backbone.
 
-    from mmadapt.tasks import few_shot
+from mmadapt.tasks import few_shot
 
-    data = few_shot.labelled(images, labels, names)
-    support, validation = few_shot.sample(data, shots=4, seed=1)
-    classifier = few_shot.zero_shot(clip, names, ("a photo of a {}",))
-    table = few_shot.compare(clip, data, test, templates=("a photo of a {}",), shots=(1, 4, 16))
+data = few_shot.labelled(images, labels, names)
+support, validation = few_shot.sample(data, shots=4, seed=1)
+classifier = few_shot.zero_shot(clip, names, ("a photo of a {}",))
+table = few_shot.compare(clip, data, test, templates=("a photo of a {}",), shots=(1, 4, 16))
 """
 
 from mmadapt.tasks.few_shot.classifier import ZeroShotClassifier, zero_shot
@@ -24,8 +24,8 @@ __all__ = [
     "Source",
     "ZeroShotClassifier",
     "adapted",
-    "embed",
     "compare",
+    "embed",
     "features",
     "labelled",
     "pixels",

@@ -22,6 +22,8 @@ from mmadapt.tasks.few_shot.data import check_names
 class CosineHead(nn.Module):
     """scale · cos(features, weight) + bias for features (B, D) of any length and weight (K, D)."""
 
+    weight: Tensor
+
     def __init__(self, weight: Tensor, scale: float, bias: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("weight", F.normalize(weight, dim=-1))
@@ -39,6 +41,8 @@ class ZeroShotClassifier(nn.Module):
     Its one site is `logits`, where cache methods such as `TipAdapter` attach. The backbone is not a
     part of it: adapters inside the backbone act on the embeddings it is given.
     """
+
+    backbone: Backbone
 
     def __init__(self, backbone: Backbone, head: CosineHead, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -58,7 +62,9 @@ class ZeroShotClassifier(nn.Module):
         return [self.names[index] for index in logits.argmax(1).tolist()]
 
     def __repr__(self) -> str:
-        return f"ZeroShotClassifier({len(self.names)} classes, {self.head.weight.shape[1]} features)"
+        return (
+            f"ZeroShotClassifier({len(self.names)} classes, {self.head.weight.shape[1]} features)"
+        )
 
 
 def as_backbone(m: Any) -> Backbone:

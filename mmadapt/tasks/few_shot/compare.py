@@ -18,7 +18,16 @@ from mmadapt.tasks.few_shot.features import embed, features
 from mmadapt.tasks.few_shot.methods import METHODS, Outcome, Problem
 from mmadapt.tasks.few_shot.score import Score, score
 
-_COLUMNS = ("shots", "method", "accuracy %", "95 %", "trained", "seconds", "source on", "source off")
+_COLUMNS = (
+    "shots",
+    "method",
+    "accuracy %",
+    "95 %",
+    "trained",
+    "seconds",
+    "source on",
+    "source off",
+)
 _WIDTHS = (5, 20, 12, 13, 8, 7, 9, 10)
 _RIGHT = (True, False, True, True, True, True, True, True)
 

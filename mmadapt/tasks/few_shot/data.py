@@ -15,7 +15,7 @@ from mmadapt.errors import DataError
 class Labelled:
     """Images (PIL, or uint8 arrays (H, W, 3)), int64 labels (N,) and the class names they index."""
 
-    images: Sequence[Any]
+    images: Any
     labels: numpy.ndarray
     names: tuple[str, ...]
 
@@ -32,7 +32,7 @@ class Labelled:
         return Labelled([self.images[int(row)] for row in rows], self.labels[rows], self.names)
 
 
-def labelled(images: Sequence[Any], labels: Any, names: Sequence[str]) -> Labelled:
+def labelled(images: Any, labels: Any, names: Sequence[str]) -> Labelled:
     """Check images, labels and class names against each other, and keep them together.
 
     Labels are whole numbers from 0 to len(names) − 1. Raises `DataError` for one class only, names
@@ -88,7 +88,9 @@ def sample(
         raise DataError(f"validation is {validation!r}, expected a whole number of at least 0")
     counts = numpy.bincount(data.labels, minlength=len(data.names))
     short = [
-        f"{name} ({have})" for name, have in zip(data.names, counts, strict=True) if have < shots + held
+        f"{name} ({have})"
+        for name, have in zip(data.names, counts, strict=True)
+        if have < shots + held
     ]
     if short:
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from mmadapt.core.backbone import Backbone, unwrap
 from mmadapt.core.bank import bank_of
 from mmadapt.core.dispatch import OutHook
 from mmadapt.errors import DataError
+from mmadapt.methods.pooled import TipAdapterLayer
+from mmadapt.ops.reference import cache_votes
 from mmadapt.tasks.few_shot.classifier import as_backbone
 from mmadapt.tasks.few_shot.score import score
 from mmadapt.train.cache import cached, data_digest, require_frozen, weights_digest
@@ -91,15 +94,12 @@ def remember(attachment: Attachment, frozen: Tensor, labels: Tensor) -> None:
 
     Keys are unit length. N may be at most the adapter's `entries`; slots left over stay empty.
     """
-    layers = [layer for layer in attachment.layers.values() if hasattr(layer, "labels")]
-    if not layers:
-        raise DataError(
-            f"attachment {attachment.name!r} has no cache to fill",
-            "attach mmadapt.TipAdapter(entries=…) to a ZeroShotClassifier",
-        )
+    layers = _caches(attachment)
     count = len(labels)
     if frozen.ndim != 2 or len(frozen) != count or count == 0:
-        raise DataError(f"embeddings {tuple(frozen.shape)} and {count} labels, expected (N, D) and N")
+        raise DataError(
+            f"embeddings {tuple(frozen.shape)} and {count} labels, expected (N, D) and N"
+        )
     length = frozen.float().norm(dim=-1)
     if not bool(torch.isfinite(length).all()) or float(length.min()) == 0.0:
         raise DataError("embeddings hold NaN, infinity or a zero vector; a cosine has no meaning")
@@ -128,30 +128,23 @@ def search(
     attachment: Attachment,
     frozen: Tensor,
     labels: Tensor,
-    residuals: Tensor | None = None,
-    sharpnesses: Tensor | None = None,
+    residuals: Sequence[float] = (0.0, *(10 ** (step / 8 - 1) for step in range(25))),
+    sharpnesses: Sequence[float] = tuple(10 ** (step / 10 - 0.5) for step in range(21)),
 ) -> tuple[float, float, float]:
     """Choose a `TipAdapter`'s residual (α) and sharpness (β) on validation embeddings; sets both.
 
-    Returns (residual, sharpness, validation accuracy). The residual 0, which is zero-shot, is
-    always tried; among equals the smallest change wins. Give it held-out images: never the test
+    Returns (residual, sharpness, validation accuracy). By default residuals run from 0.1 to 100 with
+    0, which is zero-shot, and sharpnesses from 0.3 to 32; among equals the first wins. Give it held-out images: never the test
     set, and never the shots in the cache, each of which is its own nearest key.
     """
-    layer = next(layer for layer in attachment.layers.values() if hasattr(layer, "sharpness"))
-    slots: Tensor = layer.labels
+    layer, slots = _caches(attachment)[0], _caches(attachment)[0].labels
     _refuse_cached(layer.keys[slots >= 0], frozen)
-    if residuals is None:
-        residuals = torch.cat([torch.zeros(1), torch.logspace(-1, 2, 25)])
-    if sharpnesses is None:
-        sharpnesses = torch.logspace(-0.5, 1.5, 21)
     with disabled(classifier):
         base = classifier(frozen)
-    from mmadapt.ops.reference import cache_votes
-
     best = (-1.0, 0.0, 1.0)
-    for sharpness in sharpnesses.tolist():
+    for sharpness in sharpnesses:
         votes = cache_votes(frozen, layer.keys, slots, layer.classes, sharpness)
-        for residual in residuals.tolist():
+        for residual in residuals:
             accuracy = score(base + residual * votes, labels).accuracy
             if accuracy > best[0]:
                 best = (accuracy, residual, sharpness)
@@ -159,6 +152,16 @@ def search(
     layer.residual.fill_(residual)
     layer.sharpness.fill_(sharpness)
     return residual, sharpness, accuracy
+
+
+def _caches(attachment: Attachment) -> list[TipAdapterLayer]:
+    layers = [layer for layer in attachment.layers.values() if isinstance(layer, TipAdapterLayer)]
+    if not layers:
+        raise DataError(
+            f"attachment {attachment.name!r} has no cache",
+            "attach mmadapt.TipAdapter(entries=…) to a ZeroShotClassifier",
+        )
+    return layers
 
 
 def _refuse_cached(keys: Tensor, frozen: Tensor) -> None:

@@ -29,7 +29,9 @@ def accuracy_figure(comparison: Comparison) -> Any:
             error_kw={"elinewidth": 1, "capsize": 2},
         )
         for place, (value, result) in enumerate(zip(values, results, strict=True)):
-            axes.text(value + 100 * result.spread + 1, place, f"{value:.1f}", va="center", fontsize=8)
+            axes.text(
+                value + 100 * result.spread + 1, place, f"{value:.1f}", va="center", fontsize=8
+            )
         axes.set_xlim(0, max(100.0, *values))
         axes.set_xlabel(f"test accuracy %, {shots[0]} shots a class (grey: baselines)")
     else:

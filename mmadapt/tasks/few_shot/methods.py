@@ -106,16 +106,20 @@ def _regression(
     from sklearn.linear_model import LogisticRegression
 
     started = time.perf_counter()
+    size = len(problem.support.names) * (support.shape[1] + 1)
+    # the optimum of an L2-penalised regression lies in the span of the shots: work in their axes
+    mean = support.mean(0)
+    axes = numpy.linalg.svd(support - mean, full_matrices=False)[2].T
+    support, validation, test = ((part - mean) @ axes for part in (support, validation, test))
     best = None
-    for c in (0.01, 0.1, 1.0, 10.0, 100.0):
-        model = LogisticRegression(C=c, max_iter=1000).fit(support, problem.support.labels)
+    for c in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0):
+        model = LogisticRegression(C=c, max_iter=300).fit(support, problem.support.labels)
         reached = model.score(validation, problem.validation.labels) if len(validation) else 0.0
         if best is None or reached > best[0]:
             best = (reached, c, model)
     assert best is not None
     seconds = time.perf_counter() - started
     correct = int((best[2].predict(test) == problem.test.labels).sum())
-    size = best[2].coef_.size + best[2].intercept_.size
     return Outcome(Score(correct, len(test)), size, seconds, details={"C": best[1]})
 
 
@@ -197,14 +201,21 @@ def clip_adapter(problem: Problem) -> Outcome:
     assert best is not None
     try:
         attachment = attach(
-            backbone, ClipAdapter(ratio=best[1]), name="clip-adapter", seed=problem.seed, replace=True
+            backbone,
+            ClipAdapter(ratio=best[1]),
+            name="clip-adapter",
+            seed=problem.seed,
+            replace=True,
         )
         with torch.no_grad():
             for name, parameter in attachment.named_parameters():
                 parameter.copy_(best[2][name])
             seconds = time.perf_counter() - started
             reached = problem.scored(problem.classifier(adapted(backbone, problem.test_features)))
-        return _with_source(problem, Outcome(reached, attachment.num_parameters, seconds, details={"ratio": best[1]}))
+        return _with_source(
+            problem,
+            Outcome(reached, attachment.num_parameters, seconds, details={"ratio": best[1]}),
+        )
     finally:
         detach(backbone, "clip-adapter")
 

@@ -1,0 +1,22 @@
+"""The wheel holds what it should and nothing else at top level."""
+
+import sys
+import zipfile
+
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+top = {name.split("/")[0] for name in names}
+allowed = {"mmadapt", next(name for name in top if name.endswith(".dist-info"))}
+if top != allowed:
+    sys.exit(f"unexpected at top level: {sorted(top - allowed)}")
+wanted = (
+    "mmadapt/py.typed",
+    "mmadapt/kernels/__init__.py",
+    "mmadapt/_zoo_data/manifest.json",
+    "mmadapt/_zoo_data/tiny/clip/model.safetensors",
+    "mmadapt/_zoo_data/tiny/clip/bpe.txt.gz",
+)
+missing = [name for name in wanted if name not in names]
+stray = [n for n in names if "recipes" in n or "tutorials" in n or "/tests" in n or ".ipynb" in n]
+if missing or stray:
+    sys.exit(f"missing: {missing}; must not be there: {stray}")
+print(f"wheel: {len(names)} files, nothing missing, nothing stray")

@@ -1,0 +1,138 @@
+"""Layers built at resolved sites and registered on a backbone: the end of `attach` and of loading."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmadapt.core.attachment import Attachment
+from mmadapt.core.bank import BANK, Bank, Record, bank_of, reset_compiled_code, seeded
+from mmadapt.core.compose import Sum
+from mmadapt.core.dispatch import SiteHook
+from mmadapt.core.table import shape_of
+from mmadapt.errors import AdapterFileError, AttachError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mmadapt.adapter import Adapter
+    from mmadapt.core.anatomy import Anatomy
+    from mmadapt.core.layer import Layer
+    from mmadapt.core.site import SiteView
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def install(
+    model: nn.Module,
+    anatomy: Anatomy,
+    entry: Any,
+    adapters: tuple[Adapter, ...],
+    sites: list[list[SiteView]],
+    name: str,
+    seed: int | None = None,
+    replace: bool = False,
+    tensors: dict[str, Any] | None = None,
+) -> Attachment:
+    """Build layers at resolved sites and register them; the end of `attach` and `load_adapter`.
+
+    `tensors`, by file key, are copied into the layers before the backbone is touched.
+    """
+    _check_name(name)
+    bank = bank_of(model)
+    if bank is not None and name in bank.records and not replace:
+        raise AttachError(
+            f"an attachment named {name!r} is already there",
+            "pass replace=True to put the new one in its place, or choose another name",
+        )
+    _check_not_inside_another(model, sites)
+    generator = seeded(name, seed)
+    layers = {
+        f"{index}/{site.name}": adapter.build(site, generator)
+        for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True))
+        for site in chosen
+    }
+    taps = {site.name: {} for chosen in sites for site in chosen}
+    for index, chosen in enumerate(sites):
+        for site in chosen:
+            words = set(layers[f"{index}/{site.name}"].taps)
+            if site.span.x.startswith("tap:"):
+                words.add(site.span.x[4:])
+            for word in sorted(words):
+                site.taps[word], path = anatomy.tap(site.role, word)
+                taps[site.name][site.taps[word]] = path
+    if tensors is not None:
+        fill(layers, tensors)
+    # nothing has been changed up to here, and nothing below can fail for a user's mistake
+    if bank is not None and name in bank.records:
+        bank.drop(name)
+    if bank is None:
+        bank = Bank(model, anatomy, entry)
+        bank.seat(model)
+    record = Record(adapters, tuple(tuple(site.name for site in chosen) for chosen in sites))
+    bank.put(name, record, layers)
+    for site in (site for chosen in sites for site in chosen):
+        bank.install(site, taps[site.name])
+    bank.uninstall_unused()
+    bank.watch_first_forward()
+    bank.active = Sum(*(other for other in bank.active.names if other in bank.records))
+    bank.activate(Sum(name))
+    reset_compiled_code()
+    return Attachment(model, name)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise AttachError(
+            f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
+        )
+
+
+def _check_not_inside_another(model: nn.Module, sites: list[list[SiteView]]) -> None:
+    """Two banks must not meet at one module: the outer would count the inner's output as frozen."""
+    own = bank_of(model)
+    for site in (site for chosen in sites for site in chosen):
+        hooks = [*site.module._forward_hooks.values(), *site.module._forward_pre_hooks.values()]
+        for hook in hooks:
+            if isinstance(hook, SiteHook) and (own is None or hook.context is not own.context):
+                raise AttachError(
+                    f"{site.name} already carries an adapter that was attached to another module "
+                    f"around or inside this {type(model).__name__}",
+                    f"attach to the module that holds {BANK!r}, or detach there first",
+                )
+
+
+def fill(layers: dict[str, Layer], tensors: dict[str, Tensor]) -> None:
+    """Copy saved tensors into freshly built layers; all mismatches are named, none is tolerated."""
+    wanted = {
+        f"{key}/{tensor}": value
+        for key, layer in layers.items()
+        for tensor, value in layer.state_dict().items()
+    }
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    shapes = [
+        f"{key} is {shape_of(tensors[key])}, expected {shape_of(wanted[key])}"
+        for key in sorted(wanted.keys() & tensors.keys())
+        if tensors[key].shape != wanted[key].shape
+        or tensors[key].is_floating_point() != wanted[key].is_floating_point()
+    ]
+    problems = [
+        f"{len(names)} {kind}: {'; '.join(names[:4])}{' …' if len(names) > 4 else ''}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape or kind", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise AdapterFileError(
+            "the tensors do not fit: " + ". ".join(problems),
+            "nothing was loaded; the file and its adapter.json do not belong together",
+        )
+    with torch.no_grad():
+        for key, value in wanted.items():
+            value.copy_(tensors[key])
