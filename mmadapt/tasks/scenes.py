@@ -28,7 +28,7 @@ RGB = torch.tensor(
         (240, 140, 30), (60, 200, 215), (245, 150, 190), (245, 245, 245), (20, 20, 20),
     ]
 ).div(255)  # (colours, 3)  # fmt: skip
-# Photographs inside the scikit-image wheel: dedicated to the public domain, and without people.
+# Photographs inside the scikit-image wheel: no copyright restrictions known, and no people.
 PHOTOGRAPHS = (
     "coffee.png", "chelsea.png", "rocket.jpg", "brick.png", "grass.png", "gravel.png", "coins.png",
 )  # fmt: skip

@@ -421,7 +421,9 @@ def measure(training: Training) -> dict:
         "they count neither as right nor as wrong",
         "templates": list(TEMPLATES),
         "weights": "averaged over steps, after rounding to fp16",
-        "selection": "one seed, last step; the settings were chosen on short runs",
+        "selection": "one seed, last step. Patch size and the training loss were chosen on runs of "
+        "2 to 3 minutes that looked at 1000 other held-out images: with a plain softmax the object "
+        "head had .90 on seen and .60 on held-out pairs, with this loss .78 and .79",
         "training_seed": SEED,
         "steps": training.steps,
         "batch": BATCH,

@@ -10,7 +10,7 @@ table = few_shot.compare(clip, data, test, templates=("a photo of a {}",), shots
 
 from mmadapt.tasks.few_shot.classifier import ZeroShotClassifier, zero_shot
 from mmadapt.tasks.few_shot.compare import Comparison, Result, Source, compare
-from mmadapt.tasks.few_shot.data import Labelled, labelled, sample
+from mmadapt.tasks.few_shot.data import Labelled, labelled, sample, vary
 from mmadapt.tasks.few_shot.features import adapted, embed, features, pixels, remember, search
 from mmadapt.tasks.few_shot.methods import METHODS
 from mmadapt.tasks.few_shot.score import Score, score
@@ -33,5 +33,6 @@ __all__ = [
     "sample",
     "score",
     "search",
+    "vary",
     "zero_shot",
 ]

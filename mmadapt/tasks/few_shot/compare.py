@@ -13,7 +13,7 @@ from mmadapt.core.backbone import Backbone
 from mmadapt.core.table import Table, count, line
 from mmadapt.errors import DataError, did_you_mean
 from mmadapt.tasks.few_shot.classifier import as_backbone, zero_shot
-from mmadapt.tasks.few_shot.data import Labelled, sample
+from mmadapt.tasks.few_shot.data import Augment, Labelled, sample, vary
 from mmadapt.tasks.few_shot.features import embed, features
 from mmadapt.tasks.few_shot.methods import METHODS, Outcome, Problem
 from mmadapt.tasks.few_shot.score import Score, score
@@ -169,14 +169,18 @@ def compare(
     seeds: Sequence[int] = (1, 2, 3),
     methods: Sequence[str] | Mapping[str, Callable[[Problem], Outcome]] | None = None,
     source: Source | None = None,
-    steps: int = 160,
+    augment: Augment | None = None,
+    views: int = 16,
+    steps: int = 200,
     show: Callable[[str], None] | None = print,
     progress: bool = False,
 ) -> Comparison:
     """Run methods on the same shots and test images; `show` gets a line as each is done.
 
-    Hyper-parameters are chosen on validation images drawn beside the shots, never on `test`. The
-    backbone is left as it came. Raises `DataError` before anything runs when a class has too few
+    `augment` takes uint8 images (N, H, W, 3) and a seed and returns variations of them; every method
+    but the raw pixels then learns from the shots and `views` − 1 variations of each. `steps` is the
+    length of training inside the image tower. Hyper-parameters are chosen on validation images
+    drawn beside the shots, never on `test`. The backbone is left as it came. Raises `DataError` before anything runs when a class has too few
     images, a method is unknown, or train and test name other classes.
     """
     backbone = as_backbone(m)
@@ -203,6 +207,7 @@ def compare(
         problems = []
         for seed in seeds:
             support, validation = draws[k, seed]
+            varied = vary(support, augment, views, seed) if augment else support
             problems.append(
                 Problem(
                     backbone,
@@ -211,6 +216,8 @@ def compare(
                     validation,
                     test,
                     seed,
+                    varied,
+                    features(backbone, varied.images),
                     features(backbone, support.images),
                     features(backbone, validation.images),
                     test_features,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
 from mmadapt.errors import DataError
+
+#: (uint8 images (N, H, W, 3), seed) -> variations of them, of the same shape
+Augment = Callable[[numpy.ndarray, int], numpy.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,3 +108,20 @@ def sample(
         chosen.append(rows[:shots])
         kept.append(rows[shots : shots + held])
     return data.take(numpy.concatenate(chosen)), data.take(numpy.concatenate(kept))
+
+
+def vary(data: Labelled, augment: Augment, views: int = 16, seed: int = 0) -> Labelled:
+    """The images and `views` − 1 variations of each, view by view; the same ones for a seed."""
+    if not isinstance(views, int) or views < 1:
+        raise DataError(f"views is {views!r}, expected a whole number of at least 1")
+    images = numpy.stack([numpy.asarray(image) for image in data.images])
+    stacks = [images]
+    for view in range(1, views):
+        stacks.append(augment(images, seed * views + view))
+        if stacks[-1].shape != images.shape or stacks[-1].dtype != images.dtype:
+            raise DataError(
+                f"augment turned {images.dtype} {images.shape} into {stacks[-1].dtype} "
+                f"{stacks[-1].shape}",
+                "it must keep the shape and the dtype",
+            )
+    return Labelled(numpy.concatenate(stacks), numpy.tile(data.labels, views), data.names)

@@ -33,14 +33,17 @@ class Problem:
     validation: Labelled
     test: Labelled
     seed: int
-    #: frozen embeddings (N, D) of the three sets
+    #: the support images in `views` variations, the first of which are the images themselves
+    views: Labelled
+    #: frozen embeddings (N, D) of the four sets
+    view_features: Tensor
     support_features: Tensor
     validation_features: Tensor
     test_features: Tensor
     #: accuracy on the source task of what the backbone is now; None where there is no source task
     source: Callable[[Backbone], Score | None] = lambda backbone: None
     progress: bool = False
-    steps: int = 160
+    steps: int = 200
 
     @property
     def shots(self) -> int:
@@ -51,6 +54,11 @@ class Problem:
     def labels(self) -> Tensor:
         """Labels of the support set (N,)."""
         return torch.from_numpy(self.support.labels)
+
+    @property
+    def view_labels(self) -> Tensor:
+        """Labels of the views (V·N,), view by view."""
+        return torch.from_numpy(self.views.labels)
 
     @property
     def validation_labels(self) -> Tensor:
@@ -82,41 +90,51 @@ def zero_shot_baseline(problem: Problem) -> Outcome:
 
 
 def raw_pixels(problem: Problem) -> Outcome:
-    """Logistic regression on raw pixels: what the task gives away without any backbone."""
+    """Logistic regression on raw pixels (no views): what the task gives away without any backbone."""
     flat = [
         numpy.stack([numpy.asarray(image) for image in part.images]).reshape(len(part), -1) / 255.0
         for part in (problem.support, problem.validation, problem.test)
     ]
-    return _regression(problem, *flat)
+    return _regression(problem, problem.support.labels, flat, (0.001, 0.01, 0.1, 1.0))
 
 
 def linear_probe(problem: Problem) -> Outcome:
     """Logistic regression on the frozen, unit-length image embeddings (Radford et al. 2021)."""
     unit = [
         F.normalize(part, dim=-1).cpu().numpy()
-        for part in (problem.support_features, problem.validation_features, problem.test_features)
+        for part in (problem.view_features, problem.validation_features, problem.test_features)
     ]
-    return _regression(problem, *unit)
+    return _regression(problem, problem.views.labels, unit, (0.1, 1.0, 10.0, 100.0))
 
 
 def _regression(
-    problem: Problem, support: numpy.ndarray, validation: numpy.ndarray, test: numpy.ndarray
+    problem: Problem,
+    labels: numpy.ndarray,
+    inputs: list[numpy.ndarray],
+    strengths: tuple[float, ...],
 ) -> Outcome:
-    """C is chosen on the validation images, the smallest among equals."""
+    """Fit on the first inputs, choose C on the second (the smallest among equals), test on the third."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     started = time.perf_counter()
-    size = len(problem.support.names) * (support.shape[1] + 1)
-    # the optimum of an L2-penalised regression lies in the span of the shots: work in their axes
-    mean = support.mean(0)
-    axes = numpy.linalg.svd(support - mean, full_matrices=False)[2].T
-    support, validation, test = ((part - mean) @ axes for part in (support, validation, test))
-    best = None
-    for c in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0):
-        model = LogisticRegression(C=c, max_iter=300).fit(support, problem.support.labels)
-        reached = model.score(validation, problem.validation.labels) if len(validation) else 0.0
-        if best is None or reached > best[0]:
-            best = (reached, c, model)
+    size = len(problem.support.names) * (inputs[0].shape[1] + 1)
+    # the optimum of an L2-penalised regression lies in the span of its inputs: work in their axes
+    mean = inputs[0].mean(0)
+    axes = numpy.linalg.svd(inputs[0] - mean, full_matrices=False)[2].T
+    support, validation, test = ((part - mean) @ axes for part in inputs)
+    best: tuple[float, float, LogisticRegression] | None = None
+    with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
+        # weakly regularised fits on separable shots have no optimum to converge to
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for c in strengths:
+            model = LogisticRegression(C=c, max_iter=200).fit(support, labels)
+            reached = model.score(validation, problem.validation.labels) if len(validation) else 0.0
+            if best is None or reached > best[0]:
+                best = (reached, c, model)
     assert best is not None
     seconds = time.perf_counter() - started
     correct = int((best[2].predict(test) == problem.test.labels).sum())
@@ -124,7 +142,7 @@ def _regression(
 
 
 def tip_adapter(problem: Problem) -> Outcome:
-    """Tip-Adapter: the shots as a cache; α and β searched on validation images."""
+    """Tip-Adapter: the shots, each averaged over its views, as a cache; α and β by validation."""
     return _tip(problem, train=False)
 
 
@@ -138,7 +156,9 @@ def _tip(problem: Problem, train: bool) -> Outcome:
     adapter = TipAdapter(entries=len(problem.support), train_keys=train)
     attachment = attach(classifier, adapter, name="tip", seed=problem.seed)
     try:
-        remember(attachment, problem.support_features, problem.labels)
+        count = len(problem.support)
+        keys = problem.view_features.view(-1, count, problem.view_features.shape[1]).mean(0)
+        remember(attachment, keys, problem.labels)
         held = (problem.validation_features, problem.validation_labels)
         residual, sharpness, _ = search(classifier, attachment, *held)
         if train:
@@ -147,7 +167,7 @@ def _tip(problem: Problem, train: bool) -> Outcome:
                 layer.residual.fill_(1.0)
             fit(
                 classifier,
-                (problem.support_features, problem.labels),
+                (problem.view_features, problem.view_labels),
                 loss=_cross_entropy,
                 steps=100,
                 lr=1e-3,
@@ -183,7 +203,7 @@ def clip_adapter(problem: Problem) -> Outcome:
         )
         fit(
             backbone,
-            (problem.support_features, problem.labels),
+            (problem.view_features, problem.view_labels),
             loss=loss,
             steps=200,
             lr=3e-3,
@@ -246,11 +266,11 @@ def _fit_pixels(problem: Problem, backbone: Backbone, lr: float, label: str):
 
     return fit(
         backbone,
-        (pixels(backbone, problem.support.images), problem.labels),
+        (pixels(backbone, problem.views.images), problem.view_labels),
         loss=loss,
         steps=problem.steps,
         lr=lr,
-        batch_size=48,
+        batch_size=40,
         seed=problem.seed,
         progress=problem.progress,
         label=label,
@@ -269,7 +289,7 @@ def full_fine_tuning(problem: Problem) -> Outcome:
     tower = model.get_submodule(anatomy.towers["vision"])
     model.requires_grad_(False)
     tower.requires_grad_(True)
-    _fit_pixels(problem, copied, 3e-4, "full fine-tuning")
+    _fit_pixels(problem, copied, 5e-4, "full fine-tuning")
     seconds = time.perf_counter() - started
     size = sum(parameter.numel() for parameter in tower.parameters())
     reached = problem.scored(problem.classifier(embed(copied, problem.test.images)))
@@ -295,7 +315,8 @@ METHODS: dict[str, Callable[[Problem], Outcome]] = {
     "Tip-Adapter": tip_adapter,
     "Tip-Adapter-F": tip_adapter_f,
     "CLIP-Adapter": clip_adapter,
-    "LoRA": in_tower(LoRA(8), (f"{_BLOCKS}.attn.q", f"{_BLOCKS}.attn.v"), 5e-3, "lora"),
+    "LoRA (q, v)": in_tower(LoRA(8), (f"{_BLOCKS}.attn.q", f"{_BLOCKS}.attn.v"), 3e-3, "lora"),
+    "LoRA (MLP)": in_tower(LoRA(8), (f"{_BLOCKS}.mlp.up", f"{_BLOCKS}.mlp.down"), 3e-3, "lora-mlp"),
     "Bottleneck": in_tower(Bottleneck(16), f"{_BLOCKS}.mlp", 5e-3, "bottleneck"),
     "Bottleneck, parallel": in_tower(
         Bottleneck(16, placement="parallel"), f"{_BLOCKS}.mlp", 5e-3, "parallel"

@@ -1,0 +1,63 @@
+"""The `mmadapt` command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mmadapt.cli import main
+
+
+def test_zoo_list_and_show(capsys):
+    assert main(["zoo", "list"]) == 0
+    assert "tiny/clip" in capsys.readouterr().out
+    assert main(["zoo", "show", "tiny/clip"]) == 0
+    assert "Apache-2.0" in capsys.readouterr().out
+
+
+def test_an_error_is_one_message_and_exit_code_1(capsys):
+    assert main(["zoo", "show", "tiny/clap"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        "the zoo has no 'tiny/clap'" in captured.err and "did you mean 'tiny/clip'" in captured.err
+    )
+
+
+def test_wrong_usage_is_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "llama"])
+    assert stop.value.code == 2
+
+
+def test_the_command_line_does_not_import_torch():
+    code = "import sys; from mmadapt.cli import main; main(['zoo', 'list']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_demo_from_end_to_end(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mmadapt",
+        "demo",
+        "--out",
+        str(tmp_path / "out"),
+        "--shots",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded into a fresh backbone in a second process" in done.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    accuracy = {row["method"]: row["accuracy"][0] for row in results["results"]}
+    assert accuracy["Bottleneck"] > accuracy["zero-shot"] > accuracy["raw pixels + LR"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "Bottleneck" in page
+
+
+def test_verifying_something_else_is_explained(tmp_path, capsys):
+    assert main(["demo", "--verify", str(tmp_path / "nothing")]) == 1
+    assert "no adapter folder at" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Zoo names, folders and the bundled weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import mmadapt as mm
+from mmadapt.errors import ZooError
+from mmadapt.zoo import load as loading
+from mmadapt.zoo import manifest
+
+
+def test_every_entry_has_files_digests_a_licence_and_numbers():
+    for item in manifest._entries().values():
+        assert item.files and all(len(file["sha256"]) == 64 and file["size"] for file in item.files)
+        assert item.licence["weights"] == "Apache-2.0" and item.licence["data"]
+        assert item.parameters > 0 and item.metrics and item.recipe
+
+
+def test_tiny_clip_loads_in_eval_mode_without_moving_the_random_state():
+    state = torch.get_rng_state()
+    clip = mm.load("tiny/clip")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not clip.model.training
+    assert clip.entry.name == "tiny/clip"
+    assert sum(p.numel() for p in clip.model.parameters()) == clip.entry.parameters
+    assert clip.tokenize(["a photo of a red circle"]).shape == (1, 20)
+
+
+def test_open_clip_itself_loads_the_folder():
+    import open_clip
+
+    folder = manifest.data_folder() / "tiny" / "clip"
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    mine = mm.load("tiny/clip").model
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.eval().encode_image(pixels), mine.encode_image(pixels))
+
+
+def test_a_folder_loads_as_well_as_a_name():
+    folder = manifest.data_folder() / "tiny" / "clip"
+    clip = mm.load(folder)
+    assert clip.entry is None
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            clip.model.parameters(), mm.load("tiny/clip").model.parameters(), strict=True
+        )
+    )
+
+
+def test_a_transformers_folder_loads(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path)
+    backbone = mm.load(str(tmp_path))
+    assert backbone.anatomy.family == "vit" and not backbone.model.training
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ZooError, match=r"the zoo has no 'tiny/clp'\n.*did you mean 'tiny/clip'"):
+        mm.load("tiny/clp")
+
+
+def test_a_name_never_falls_through_to_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(manifest.data_folder() / "tiny" / "clip", tmp_path / "mine")
+    with pytest.raises(ZooError, match="the zoo has no 'mine'"):
+        mm.load("mine")
+    assert mm.load("./mine").anatomy.family == "clip"
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    with pytest.raises(ZooError, match="no folder at"):
+        mm.load(tmp_path / "nowhere")
+    with pytest.raises(ZooError, match="holds neither"):
+        mm.load(tmp_path)
+    with pytest.raises(ZooError, match="hub ids such as 'hf:org/repo' cannot be fetched"):
+        mm.load("hf:org/repo")
+    with pytest.raises(ZooError, match="expected a zoo name or a folder, got int"):
+        mm.load(3)
+
+
+def test_damaged_bundled_files_are_refused(tmp_path, monkeypatch):
+    copy = tmp_path / "zoo"
+    shutil.copytree(manifest.data_folder() / "tiny", copy / "tiny")
+    shutil.copy(manifest.data_folder() / "manifest.json", copy)
+    monkeypatch.setattr(loading, "data_folder", lambda: copy)
+    weights = copy / "tiny" / "clip" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ZooError, match=r"model.safetensors is damaged"):
+        mm.load("tiny/clip")
+    weights.unlink()
+    with pytest.raises(ZooError, match=r"model.safetensors is missing\n.*reinstall"):
+        mm.load("tiny/clip")
+
+
+def test_the_held_out_number_is_reported_and_good():
+    metrics = mm.zoo.entry("tiny/clip").metrics
+    assert metrics["accuracy"]["held_out_pairs"]["object"] > 0.77, json.dumps(metrics)
+
+
+def test_the_list_is_a_table():
+    table = mm.zoo.list("tiny/*")
+    assert ("tiny/clip" in [row[0] for row in table]) and "Apache-2.0" in repr(table)
+    assert len(mm.zoo.list("none/*")) == 0
