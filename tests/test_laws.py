@@ -229,11 +229,6 @@ def test_the_backbone_is_untouched_while_attached_and_trained(case: Case) -> Non
     assert model.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
 
 
-@pytest.mark.xfail(
-    reason="bank.py: a strict load of the backbone's own checkpoint lists _mmadapt.* as missing",
-    raises=RuntimeError,
-    strict=True,
-)
 @every_case
 def test_the_backbones_own_checkpoint_still_loads_strictly(case: Case) -> None:
     model, attachment = case.acting()

@@ -37,11 +37,6 @@ def test_a_plan_refuses_what_attach_refuses() -> None:
 
 
 @pytest.mark.parametrize("adapter", [mm.Bottleneck, [mm.Bottleneck(4)], "bottleneck"])
-@pytest.mark.xfail(
-    reason="report.plan: what is no adapter raises a bare TypeError or AttributeError",
-    raises=(TypeError, AttributeError),
-    strict=True,
-)
 def test_a_plan_of_what_is_no_adapter_is_explained_or_works(adapter: Any) -> None:
     try:
         mm.plan(BACKBONES["open_clip"].fresh(), adapter)
@@ -85,12 +80,6 @@ def test_inspect_shows_norms_and_gates() -> None:
     assert "active: Sum('clip')" in mm.inspect(model).title
 
 
-@pytest.mark.xfail(
-    reason="pooled.ClipAdapterLayer.describe: float() of a trained ratio makes torch warn (once a "
-    "process), so inspect warns",
-    raises=UserWarning,
-    strict=True,
-)
 def test_inspect_warns_of_nothing() -> None:
     model = BACKBONES["open_clip"].fresh()
     mm.attach(model, mm.ClipAdapter(start="identity"))

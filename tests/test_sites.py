@@ -258,9 +258,6 @@ def test_the_table_of_sites_lists_what_a_pattern_selects() -> None:
     assert [row[0] for row in table] == [f"vision.layers[1].attn.{word}" for word in "qkvo"]
 
 
-@pytest.mark.xfail(
-    reason="report.sites: a pattern that matches nothing gives an empty table", strict=True
-)
 def test_the_table_of_sites_refuses_a_pattern_that_selects_nothing() -> None:
     with pytest.raises(SiteError, match="matches nothing"):
         mm.sites(BACKBONES["hf_vit"].fresh(), "vision.layers[*].mpl")

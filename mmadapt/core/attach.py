@@ -42,7 +42,7 @@ def attach(
     """
     from mmadapt.core.install import install
 
-    adapters = _adapters(adapter)
+    adapters = as_adapters(adapter)
     model, anatomy, entry = unwrap(m)
     sites = [resolve(model, anatomy, one, at) for one in adapters]
     return install(model, anatomy, entry, adapters, sites, name, seed, replace)
@@ -52,6 +52,10 @@ def resolve(
     model: nn.Module, anatomy: Anatomy, adapter: Adapter, at: str | Sequence[str] | None
 ) -> list[SiteView]:
     """The sites of `model` where `adapter` would be built."""
+    if at is not None and not isinstance(at, (str, list, tuple)):
+        raise SiteError(
+            f"at is {at!r}, expected a site pattern or a list of them", "see mmadapt.sites(model)"
+        )
     patterns = adapter.default_sites if at is None else ([at] if isinstance(at, str) else list(at))
     if not patterns:
         raise SiteError(
@@ -71,7 +75,8 @@ def _matches(pattern: str, spans: Any) -> bool:
     return bool(match_roles(pattern, spans)[0])
 
 
-def _adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
+def as_adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
+    """One adapter or several as a tuple; anything else is refused."""
     several: tuple[Any, ...] = tuple(adapter) if isinstance(adapter, (list, tuple)) else (adapter,)
     for one in several:
         if not isinstance(one, Adapter):
@@ -148,12 +153,13 @@ def disabled(m: Any) -> Iterator[Any]:
     """Run the bare backbone inside the block; what was active is active again after it."""
     _, bank = require_bank(m)
     before = bank.active
+    acting = any(hook.plan for hook in bank.hooks.values())  # False within another `disabled`
     bank.plans(Sum())
     try:
         yield m
     finally:
         if bank.active is before:  # else the block chose something itself
-            bank.plans(before)
+            bank.plans(before if acting else Sum())
 
 
 def detach(m: Any, name: str | None = None) -> None:

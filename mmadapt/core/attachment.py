@@ -37,7 +37,7 @@ class Attachment:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the sites it stands at, in the backbone's order."""
+        """Names of the sites it stands at: adapter by adapter, each in the backbone's order."""
         return tuple(dict.fromkeys(name for names in self._record.sites for name in names))
 
     @property

@@ -50,7 +50,7 @@ def _module(model: Any) -> nn.Module:
             f"expected a Backbone or a torch.nn.Module, got {type(model).__name__}",
             'load one with mmadapt.load("tiny/clip"), or pass your own model',
         )
-    return model
+    return getattr(model, "_orig_mod", model)  # torch.compile wraps the model it was given
 
 
 def unwrap(m: Any) -> tuple[nn.Module, Anatomy, Any]:

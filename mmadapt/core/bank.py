@@ -48,6 +48,8 @@ class Bank(nn.Module):
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, entry: Any) -> None:
         super().__init__()
+        #: one child per attachment; a module of its own, so that no name meets an attribute of ours
+        self.layers = nn.Module()
         self.anatomy = anatomy
         self.entry = entry
         self.context = Context()
@@ -61,6 +63,7 @@ class Bank(nn.Module):
         self.trainable = {name: p.requires_grad for name, p in backbone_parameters(model)}
         self.training_flags = {name: module.training for name, module in model.named_modules()}
         self.training = model.training
+        self.register_load_state_dict_post_hook(_allow_bare_checkpoint)
 
     def forward(self) -> None:
         raise RuntimeError("the bank holds adapter layers; it is not called")
@@ -75,17 +78,27 @@ class Bank(nn.Module):
             site = key.partition("/")[2]
             record.layers.setdefault(site, []).append(layer)
         box.train(self.training)
-        self._modules[name] = box
+        self.layers._modules[name] = box
         self.records[name] = record
+
+    def _box(self, name: str) -> nn.Module:
+        box = self.layers._modules[name]
+        assert box is not None
+        return box
+
+    def train_only(self, names: tuple[str, ...]) -> None:
+        """Put the layers of these attachments into train mode, all others into eval mode."""
+        for name in self.records:
+            self._box(name).train(name in names)
 
     def drop(self, name: str) -> None:
         """Forget the layers of one attachment."""
-        del self._modules[name]
+        del self.layers._modules[name]
         del self.records[name]
 
     def layers_of(self, name: str) -> Iterator[tuple[str, Layer]]:
         """("index/site name", layer) of one attachment, in the order they were built."""
-        for key, layer in self._modules[name]._modules.items():  # type: ignore[union-attr]
+        for key, layer in self._box(name)._modules.items():
             assert isinstance(layer, Layer)
             yield key.replace("|", "."), layer
 
@@ -130,7 +143,7 @@ class Bank(nn.Module):
 
     def watch_first_forward(self) -> None:
         """Have each tower's next call verify that its sites fire."""
-        for tower, path in self.anatomy.towers.items():
+        for tower, path in (self.anatomy.towers or {"model": ""}).items():
             below = [h for h in self.hooks.values() if _below(h.site.span.module, path)]
             fresh = [hook for hook in below if not hook.fired]
             if not fresh:
@@ -148,6 +161,7 @@ class Bank(nn.Module):
         needed = {site for record in self.records.values() for site in record.layers}
         for name in [name for name in self.hooks if name not in needed]:
             hook = self.hooks.pop(name)
+            hook.plan = ()  # a first-forward check may still hold it
             for handle in self.handles.pop(name, []):
                 handle.remove()
             for key, weight in list(self.weights.items()):
@@ -228,7 +242,7 @@ class Bank(nn.Module):
 
     def require_grad(self, name: str, active: bool) -> None:
         """Let the parameters of one attachment train, or not; what never trains is a buffer."""
-        for parameter in self._modules[name].parameters():  # type: ignore[union-attr]
+        for parameter in self._box(name).parameters():
             parameter.requires_grad_(active)
 
     # -- the backbone it sits in ------------------------------------------------------------
@@ -256,6 +270,14 @@ class Bank(nn.Module):
                 module.training = self.training_flags[name]
 
 
+def _allow_bare_checkpoint(bank: Bank, incompatible: Any) -> None:
+    """A checkpoint that holds none of the bank's keys is the backbone's own: nothing is missing."""
+    missing = incompatible.missing_keys
+    ours = {key for key in missing if BANK in key.split(".")}
+    if {key.split(f"{BANK}.", 1)[1] for key in ours} >= set(bank.state_dict()):
+        missing[:] = [key for key in missing if key not in ours]
+
+
 def backbone_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Named parameters of the backbone itself: none that sits in a bank, its own or a nested one."""
     return [
@@ -274,7 +296,7 @@ def bank_of(model: nn.Module) -> Bank | None:
 def seeded(name: str, seed: int | None) -> torch.Generator:
     """A private CPU generator; without a seed the attachment's name decides, so runs repeat."""
     value = zlib.crc32(name.encode()) if seed is None else seed
-    return torch.Generator().manual_seed(value)
+    return torch.Generator(device="cpu").manual_seed(value)
 
 
 def reset_compiled_code() -> None:

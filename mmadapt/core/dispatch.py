@@ -6,6 +6,7 @@ from attach to detach, and switching replaces plans, so that compiled code sees 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,8 @@ class OutHook(SiteHook):
 
 def _put(output: Any, where: int | str, value: Tensor) -> Any:
     """`output` with one element replaced, of the same type; the original is left alone."""
+    if isinstance(output, dict) and isinstance(where, int):
+        where = list(output)[where]
     if isinstance(output, dict):  # transformers' ModelOutput is one, rebuilt from its fields
         return type(output)(**{**output, where: value})
     items = list(output)
@@ -111,10 +114,20 @@ class WeightHook:
         self.sites: list[SiteHook] = []
         self.original: nn.Parameter | None = None
         self._cached: tuple[tuple, Tensor] | None = None
+        self.thread = 0
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if not any(site.plan for site in self.sites):
             return
+        if not torch.compiler.is_compiling():
+            here = threading.get_ident()
+            if self.original is not None and self.thread != here:
+                raise CheckError(
+                    "a second forward pass began in another thread while one is under way; the "
+                    "`weight` port serves one at a time",
+                    "run them one after another, or give each thread a copy.deepcopy of the model",
+                )
+            self.thread = here
         if self.original is None:  # else a nested or interrupted call left the value in
             self.original = self.holder._parameters[self.parameter]
         self.holder._parameters[self.parameter] = self.effective(module)  # type: ignore[assignment]
@@ -129,7 +142,8 @@ class WeightHook:
         key = self._key() if keep else ()
         if keep and self._cached is not None and self._cached[0] == key:
             return self._cached[1]
-        weight = self._assemble(self.original)
+        with torch.autocast(self.original.device.type, enabled=False):  # kept beyond this call
+            weight = self._assemble(self.original)
         self._cached = (key, weight) if keep else None
         return weight
 
@@ -151,7 +165,10 @@ class WeightHook:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _key(self) -> tuple:
-        """Changes whenever a tensor behind the effective value does, in place or by replacement."""
+        """Changes whenever a tensor behind the effective value does, in place or by replacement.
+
+        Writes through `.data` move no version counter and are not seen; use `torch.no_grad()`.
+        """
         layers = [layer for hook in self.sites for layer in hook.plan]
         tensors = [self.original, *(p for layer in layers for p in layer.parameters())]
         state = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors if t is not None)
@@ -159,6 +176,8 @@ class WeightHook:
 
     def restore(self) -> None:
         """Put the frozen parameter back."""
+        if not torch.compiler.is_compiling() and self.thread != threading.get_ident():
+            return  # the refused second forward; the first is still under way
         if self.original is not None:
             self.holder._parameters[self.parameter] = self.original
             self.original = None

@@ -6,16 +6,17 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mmadapt.core.attachment import Attachment
 from mmadapt.core.bank import BANK, Bank, Record, bank_of, reset_compiled_code, seeded
 from mmadapt.core.compose import Sum
-from mmadapt.core.dispatch import SiteHook
+from mmadapt.core.dispatch import SiteHook, WeightHook
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterFileError, AttachError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from mmadapt.adapter import Adapter
     from mmadapt.core.anatomy import Anatomy
@@ -47,13 +48,15 @@ def install(
             f"an attachment named {name!r} is already there",
             "pass replace=True to put the new one in its place, or choose another name",
         )
-    _check_not_inside_another(model, sites)
+    _check_root(model)
+    _check_alone(model)
     generator = seeded(name, seed)
     layers = {
         f"{index}/{site.name}": adapter.build(site, generator)
         for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True))
         for site in chosen
     }
+    _check_sums(layers)
     taps = {site.name: {} for chosen in sites for site in chosen}
     for index, chosen in enumerate(sites):
         for site in chosen:
@@ -88,19 +91,45 @@ def _check_name(name: str) -> None:
         raise AttachError(
             f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
         )
+    if name == "training":  # a flag of every torch module
+        raise AttachError("'training' cannot name an attachment", "choose another name")
 
 
-def _check_not_inside_another(model: nn.Module, sites: list[list[SiteView]]) -> None:
-    """Two banks must not meet at one module: the outer would count the inner's output as frozen."""
+def _check_root(model: nn.Module) -> None:
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise AttachError(
+            f"a {type(model).__name__} calls or counts every module it holds, the adapters' bank too",
+            "wrap it in a module whose forward calls it, and attach to that",
+        )
+
+
+def _check_sums(layers: dict[str, Layer]) -> None:
+    """Adapters of one attachment that meet at a site sum, so each must add a change."""
+    at: dict[str, list[Layer]] = {}
+    for key, layer in layers.items():
+        at.setdefault(key.partition("/")[2], []).append(layer)
+    for site, several in at.items():
+        odd = [type(layer).__name__ for layer in several if not layer.additive]
+        if len(several) > 1 and odd:
+            raise AttachError(
+                f"{odd[0]} at {site} does not add a change to its site's output, so a sum with "
+                "another layer has no meaning",
+                'attach them under two names and use mmadapt.Stack("a", "b")',
+            )
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Two banks must not share modules: each would freeze, count and give back the other's flags."""
     own = bank_of(model)
-    for site in (site for chosen in sites for site in chosen):
-        hooks = [*site.module._forward_hooks.values(), *site.module._forward_pre_hooks.values()]
-        for hook in hooks:
-            if isinstance(hook, SiteHook) and (own is None or hook.context is not own.context):
+    for path, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(hook, (SiteHook, WeightHook)) and (
+                own is None or hook.context is not own.context
+            ):
                 raise AttachError(
-                    f"{site.name} already carries an adapter that was attached to another module "
-                    f"around or inside this {type(model).__name__}",
-                    f"attach to the module that holds {BANK!r}, or detach there first",
+                    f"{path or 'this module'} already carries an adapter that was attached to another "
+                    f"module around or inside this {type(model).__name__}",
+                    f"attach everything to the module that holds {BANK!r}, or detach there first",
                 )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attach import require_bank, require_name, resolve
+from mmadapt.core.attach import as_adapters, require_bank, require_name, resolve
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.table import Table, count, shape_of
 
@@ -22,11 +22,13 @@ def sites(m: Any, pattern: str | None = None) -> Table:
 
     With a `pattern`, one row for each role it selects.
     """
-    from mmadapt.core.site import match_roles
+    from mmadapt.core.site import match_roles, nothing_matched
 
     model, anatomy, _ = unwrap(m)
     spans = anatomy.roles(model)
     chosen = match_roles(pattern, spans)[0] if pattern else list(spans)
+    if pattern and not chosen:
+        raise nothing_matched(pattern, spans)
     rows: dict[tuple, list[str]] = {}
     for role in chosen:
         span = spans[role]
@@ -45,19 +47,22 @@ def sites(m: Any, pattern: str | None = None) -> Table:
     return table
 
 
-def plan(m: Any, adapter: Adapter, at: str | Sequence[str] | None = None) -> Table:
+def plan(
+    m: Any, adapter: Adapter | Sequence[Adapter], at: str | Sequence[str] | None = None
+) -> Table:
     """What `attach` would build: for each pattern the sites, shapes and parameters; changes nothing."""
     import torch
 
     model, anatomy, _ = unwrap(m)
-    patterns = (
-        adapter.default_sites if at is None else ((at,) if isinstance(at, str) else tuple(at))
-    )
+    several = as_adapters(adapter)
+    default = [pattern for one in several for pattern in one.default_sites]
+    patterns = default if at is None else ((at,) if isinstance(at, str) else tuple(at))
     table = Table(("site", "width", "tensors", "parameters"))
     generator = torch.Generator().manual_seed(0)
     total = 0
-    for site in resolve(model, anatomy, adapter, at):
-        layer = adapter.build(site, generator)
+    pairs = [(one, site) for one in several for site in resolve(model, anatomy, one, at)]
+    for each, site in pairs:
+        layer = each.build(site, generator)
         size = sum(parameter.numel() for parameter in layer.parameters())
         shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
         table.rows.append((site.name, site.width, shapes, size))

@@ -165,7 +165,7 @@ def select(
     for pattern in patterns:
         roles, port = match_roles(pattern, spans)
         if not roles:
-            raise _nothing_matched(pattern, spans)
+            raise nothing_matched(pattern, spans)
         for role in roles:
             offered = spans[role].ports
             usable = [p for p in ports if p in offered and port in (None, p)]
@@ -180,7 +180,8 @@ def select(
     return sorted(chosen, key=lambda pair: order[pair[0]])
 
 
-def _nothing_matched(pattern: str, spans: Mapping[str, Span]) -> SiteError:
+def nothing_matched(pattern: str, spans: Mapping[str, Span]) -> SiteError:
+    """The error for a pattern that selects no role, with the nearest roles."""
     general = list(dict.fromkeys(re.sub(r"\[\d+\]", "[*]", role) for role in spans))
     bare = re.sub(r"\[[^\]]*\]", "[*]", pattern.rpartition("]")[0] + "]") if "]" in pattern else ""
     wanted = (bare + pattern.rpartition("]")[2]) if bare else pattern

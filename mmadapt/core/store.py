@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,13 @@ def save(
         "licence": licence or record.metadata.get("licence"),
         "metrics": metrics or record.metadata.get("metrics") or {},
     }
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
+    try:
+        text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"metrics or licence cannot be written as JSON: {error}",
+            "use plain finite numbers and text",
+        ) from None
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise AdapterFileError(f"{folder} is a file", "adapters are saved to a folder")
@@ -112,10 +119,12 @@ def load_adapter(
     model, anatomy, entry = unwrap(m)
     _check_backbone(folder, manifest["backbone"], model, anatomy)
     adapters, sites = [], []
-    for data in manifest["adapters"]:
+    for index, data in enumerate(manifest["adapters"]):
         adapter, chosen = _rebuild(folder, data, model, anatomy)
         adapters.append(adapter)
         sites.append(chosen)
+        for saved, site in zip(data["sites"], chosen, strict=True):
+            _rename(tensors, f"{index}/{saved}/", f"{index}/{site.name}/")
     try:
         attachment = install(
             model,
@@ -127,7 +136,7 @@ def load_adapter(
             replace=replace,
             tensors=tensors,
         )
-    except AdapterFileError as error:
+    except (AdapterFileError, AdapterError) as error:
         raise AdapterFileError(f"{folder}: {error.message}", error.hint) from None
     attachment.metadata.update(licence=manifest["licence"], metrics=manifest["metrics"])
     trained_on, here = manifest["backbone"].get("sha256"), getattr(entry, "sha256", None)
@@ -198,6 +207,10 @@ def _parse(folder: Path, text: str) -> dict[str, Any]:
             raise AdapterFileError(
                 f"{folder / MANIFEST}: {key!r} is {manifest.get(key)!r:.60}, expected a {kind.__name__}"
             )
+    if not manifest["adapters"]:
+        raise AdapterFileError(f"{folder / MANIFEST} holds no adapter")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", manifest["name"]):
+        raise AdapterFileError(f"{folder / MANIFEST}: {manifest['name']!r} names no attachment")
     manifest.setdefault("licence", None)
     return manifest
 
@@ -222,6 +235,10 @@ def _rebuild(
     chosen = []
     for site in data["sites"]:
         role, _, port = str(site).rpartition(":")
+        twin = {"out": "weight", "weight": "out"}.get(port)
+        if role in spans and port not in spans[role].ports and twin in spans[role].ports:
+            # one library calls the linear, the other reads its weight: the same change, met elsewhere
+            port = twin if twin in adapter.ports and spans[role].weight else port
         if role not in spans or port not in spans[role].ports:
             raise WrongBackboneError(
                 f"{folder}: site {site!r} is not in this {type(model).__name__}",
@@ -229,6 +246,11 @@ def _rebuild(
             )
         chosen.append(anatomy.view(model, role, port, spans[role]))
     return adapter, chosen
+
+
+def _rename(tensors: dict[str, Tensor], before: str, after: str) -> None:
+    for key in [key for key in tensors if key.startswith(before)] if before != after else ():
+        tensors[after + key.removeprefix(before)] = tensors.pop(key)
 
 
 def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, Any]:
@@ -245,8 +267,6 @@ def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, 
 
 def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
     """[inputs, outputs] of the first site of each kind: alike sites are alike in every layer."""
-    import re
-
     found: dict[str, list[int]] = {}
     for role, span in anatomy.roles(model).items():
         kind = re.sub(r"\[\d+\]", "[*]", role)

@@ -26,7 +26,6 @@ from mmadapt.train.cache import data_digest
 BACKBONE = "tiny/clip"
 TEMPLATES = ("a photo of a {}", "an image of a {}", "a picture of the {}", "a {}")
 NAMES = tuple(f"digit {name}" for name in DIGITS)
-KEPT = "Bottleneck"
 ADAPTER = mm.Bottleneck(16)
 AT = "vision.layers[*].mlp"
 VIEWS = 16

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_uniform
+from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import bottleneck
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class BottleneckLayer(Layer):
         self.parallel = adapter.placement == "parallel"
         self.activation = adapter.activation
         self.scale = float(adapter.scale)
+        if self.parallel and site.span.layout == "BD":
+            raise AdapterError(
+                f"a parallel Bottleneck reads the input of {site.name}, which is not made of features",
+                'use placement="sequential" there',
+            )
         channels = site.width_in if self.parallel else site.width
         self.down = empty(site, adapter.width, channels)
         self.down_bias = empty(site, adapter.width)

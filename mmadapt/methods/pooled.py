@@ -54,7 +54,7 @@ class ClipAdapterLayer(Layer):
         return acc + clip_adapter(y, self.first, self.second, self.ratio)
 
     def describe(self) -> dict[str, Any]:
-        return {"ratio": float(self.ratio)}
+        return {"ratio": float(torch.as_tensor(self.ratio).detach())}
 
 
 class TipAdapterLayer(Layer):

@@ -14,7 +14,7 @@ from mmadapt.errors import AttachError, CheckError, DataError
 from mmadapt.train.progress import Progress, curve_svg
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclass
@@ -57,7 +57,7 @@ def fit(
 ) -> History:
     """Train whatever of `m` requires a gradient: the active adapters, or a whole model.
 
-    `data` is a tuple of tensors with one first dimension, from which batches of `batch_size` rows
+    `data` is a tensor or a tuple of tensors with one first dimension, from which batches of `batch_size` rows
     are drawn epoch by epoch (shuffled by a private generator), or an iterable of batches, which is
     run through again and again. `loss(model, *batch)` returns a scalar; a batch that is a
     dictionary is passed as one argument. AdamW; the rate rises over the first `warmup` share of
@@ -78,6 +78,8 @@ def fit(
         )
     if not isinstance(steps, int) or steps < 1:
         raise DataError(f"steps is {steps!r}, expected a whole number of at least 1")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise DataError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
     batches = _batches(data, batch_size, seed)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     history = History(steps=steps, parameters=sum(parameter.numel() for parameter in parameters))
@@ -91,7 +93,12 @@ def fit(
                 _check_loss(value, step)
                 optimiser.zero_grad(set_to_none=True)
                 value.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+                if not math.isfinite(norm):
+                    raise CheckError(
+                        f"the gradient's norm is {norm} at step {step}; nothing was changed by this step",
+                        "look for a division by zero, or a root or logarithm at zero, in the loss",
+                    )
                 optimiser.step()
                 history.losses.append(float(value.detach()))
                 shown.update(step + 1, f"loss {history.losses[-1]:.4g}", history.losses)
@@ -132,7 +139,7 @@ def _batches(data: Any, batch_size: int, seed: int) -> Iterator[tuple]:
 
     if isinstance(data, Tensor):
         data = (data,)
-    if isinstance(data, (tuple, list)) and data and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
         sizes = {part.shape[0] for part in data}
         if len(sizes) != 1 or 0 in sizes:
             raise DataError(f"data tensors have {sorted(sizes)} rows, expected one number above 0")
@@ -147,11 +154,11 @@ def _batches(data: Any, batch_size: int, seed: int) -> Iterator[tuple]:
 def _drawn(data: tuple[Tensor, ...], batch_size: int, seed: int) -> Iterator[tuple]:
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     rows = data[0].shape[0]
     size = min(batch_size, rows)
     while True:
-        order = torch.randperm(rows, generator=generator)
+        order = torch.randperm(rows, generator=generator, device="cpu")
         for start in range(0, rows - size + 1, size):
             chosen = order[start : start + size]
             yield tuple(part[chosen.to(part.device)] for part in data)
@@ -187,9 +194,7 @@ class train_mode:
             model.train()
             return
         model.eval()
-        for name in bank.active.names:
-            box: nn.Module = bank._modules[name]  # type: ignore[assignment]
-            box.train()
+        bank.train_only(bank.active.names)
 
     def __enter__(self) -> None:
         return None

@@ -137,7 +137,7 @@ def _regression(
                 best = (reached, c, model)
     assert best is not None
     seconds = time.perf_counter() - started
-    correct = int((best[2].predict(test) == problem.test.labels).sum())
+    correct = int(numpy.sum(best[2].predict(test) == problem.test.labels))
     return Outcome(Score(correct, len(test)), size, seconds, details={"C": best[1]})
 
 
