@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mmadapt as mm
-from mmadapt.errors import ZooError
+from mmadapt.errors import MissingDependencyError, ZooError
 from mmadapt.zoo import load as loading
 from mmadapt.zoo import manifest
 
@@ -113,3 +113,22 @@ def test_the_list_is_a_table():
     table = mm.zoo.list("tiny/*")
     assert ("tiny/clip" in [row[0] for row in table]) and "Apache-2.0" in repr(table)
     assert len(mm.zoo.list("none/*")) == 0
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_explained(monkeypatch):
+    import builtins
+    import importlib.metadata
+    import sys
+
+    real = builtins.__import__
+
+    def broken(name, *rest):
+        if name == "torchvision":
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return real(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(builtins, "__import__", broken)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    with pytest.raises(MissingDependencyError, match=r"torchvision 9.9 does not fit torch 9.9"):
+        mm.load("tiny/clip")

@@ -227,18 +227,11 @@ class Bank(nn.Module):
                 )
         if isinstance(composition, Stack) or len(composition.names) < 2:
             return
-        counts: dict[str, list[Layer]] = {}
+        together: dict[str, list[Layer]] = {}
         for name in composition.names:
             for site, layers in self.records[name].layers.items():
-                counts.setdefault(site, []).extend(layers)
-        for site, layers in counts.items():
-            odd = [type(layer).__name__ for layer in layers if not layer.additive]
-            if len(layers) > 1 and odd:
-                raise AttachError(
-                    f"{odd[0]} at {site} does not add a change to its site's output, so a sum with "
-                    "another layer has no meaning",
-                    'use mmadapt.Stack("a", "b")',
-                )
+                together.setdefault(site, []).extend(layers)
+        check_sums(together)
 
     def require_grad(self, name: str, active: bool) -> None:
         """Let the parameters of one attachment train, or not; what never trains is a buffer."""
@@ -276,6 +269,18 @@ def _allow_bare_checkpoint(bank: Bank, incompatible: Any) -> None:
     ours = {key for key in missing if BANK in key.split(".")}
     if {key.split(f"{BANK}.", 1)[1] for key in ours} >= set(bank.state_dict()):
         missing[:] = [key for key in missing if key not in ours]
+
+
+def check_sums(layers: dict[str, list[Layer]]) -> None:
+    """Layers that meet at one site and see the same output must each add a change to it."""
+    for site, several in layers.items():
+        odd = [type(layer).__name__ for layer in several if not layer.additive]
+        if len(several) > 1 and odd:
+            raise AttachError(
+                f"{odd[0]} at {site} does not add a change to its site's output, so a sum with "
+                "another layer has no meaning",
+                'attach them under two names and use mmadapt.Stack("a", "b")',
+            )
 
 
 def backbone_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from mmadapt.core.attachment import Attachment
-from mmadapt.core.bank import BANK, Bank, Record, bank_of, reset_compiled_code, seeded
+from mmadapt.core.bank import (
+    BANK,
+    Bank,
+    Record,
+    bank_of,
+    check_sums,
+    reset_compiled_code,
+    seeded,
+)
 from mmadapt.core.compose import Sum
 from mmadapt.core.dispatch import SiteHook, WeightHook
 from mmadapt.core.table import shape_of
@@ -56,7 +64,10 @@ def install(
         for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True))
         for site in chosen
     }
-    _check_sums(layers)
+    together: dict[str, list[Layer]] = {}
+    for key, layer in layers.items():
+        together.setdefault(key.partition("/")[2], []).append(layer)
+    check_sums(together)
     taps = {site.name: {} for chosen in sites for site in chosen}
     for index, chosen in enumerate(sites):
         for site in chosen:
@@ -101,21 +112,6 @@ def _check_root(model: nn.Module) -> None:
             f"a {type(model).__name__} calls or counts every module it holds, the adapters' bank too",
             "wrap it in a module whose forward calls it, and attach to that",
         )
-
-
-def _check_sums(layers: dict[str, Layer]) -> None:
-    """Adapters of one attachment that meet at a site sum, so each must add a change."""
-    at: dict[str, list[Layer]] = {}
-    for key, layer in layers.items():
-        at.setdefault(key.partition("/")[2], []).append(layer)
-    for site, several in at.items():
-        odd = [type(layer).__name__ for layer in several if not layer.additive]
-        if len(several) > 1 and odd:
-            raise AttachError(
-                f"{odd[0]} at {site} does not add a change to its site's output, so a sum with "
-                "another layer has no meaning",
-                'attach them under two names and use mmadapt.Stack("a", "b")',
-            )
 
 
 def _check_alone(model: nn.Module) -> None:

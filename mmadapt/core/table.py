@@ -85,7 +85,7 @@ def text(value: Any) -> str:
 
 
 def _numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
-    values = [row[column] for row in rows if row[column] is not None]
+    values = [row[column] for row in rows if row[column] not in (None, "–")]
     return bool(values) and all(isinstance(v, (int, float)) or _starts_digit(v) for v in values)
 
 

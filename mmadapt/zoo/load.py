@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import Backbone
-from mmadapt.errors import ZooError
+from mmadapt.errors import MissingDependencyError, ZooError
 from mmadapt.zoo.manifest import Entry, data_folder, entry
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:
+    _require_fitting_torchvision()
     from open_clip.tokenizer import SimpleTokenizer
 
     from mmadapt.backbones.images import OpenClipPreprocess
@@ -92,6 +93,19 @@ def _open_clip(folder: Path, item: Entry | None) -> Backbone:
         model_config["vision_cfg"]["image_size"], config.get("preprocess_cfg", {})
     )
     return Backbone(model.eval(), preprocess, tokenize, entry=item)
+
+
+def _require_fitting_torchvision() -> None:
+    """open_clip needs torchvision, whose compiled part fits one torch only; say so in one sentence."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        from importlib.metadata import version
+
+        raise MissingDependencyError(
+            f"torchvision {version('torchvision')} does not fit torch {version('torch')} ({error})",
+            "install both from the same index, for example pip install torch==2.11.0 torchvision==0.26.0",
+        ) from error
 
 
 def _open_clip_model(config: dict[str, Any]) -> nn.Module:

@@ -165,17 +165,7 @@ def _tip(problem: Problem, train: bool) -> Outcome:
             layer: Any = next(iter(attachment.layers.values()))
             if residual == 0.0:  # zero-shot won the search: give the keys a gradient all the same
                 layer.residual.fill_(1.0)
-            fit(
-                classifier,
-                (problem.view_features, problem.view_labels),
-                loss=_cross_entropy,
-                steps=100,
-                lr=1e-3,
-                batch_size=64,
-                seed=problem.seed,
-                progress=problem.progress,
-                label="Tip-Adapter-F",
-            )
+            _fit_features(problem, classifier, _cross_entropy, 100, 1e-3, "Tip-Adapter-F")
             residual, sharpness, _ = search(classifier, attachment, *held)
         seconds = time.perf_counter() - started
         with torch.no_grad():
@@ -184,6 +174,23 @@ def _tip(problem: Problem, train: bool) -> Outcome:
         return Outcome(reached, attachment.num_parameters, seconds, details=details)
     finally:
         detach(classifier, "tip")
+
+
+def _fit_features(
+    problem: Problem, m: Any, loss: Callable[..., Tensor], steps: int, lr: float, label: str
+) -> None:
+    """Train what sits behind frozen embeddings, on the embeddings of the views."""
+    fit(
+        m,
+        (problem.view_features, problem.view_labels),
+        loss=loss,
+        steps=steps,
+        lr=lr,
+        batch_size=64,
+        seed=problem.seed,
+        progress=problem.progress,
+        label=label,
+    )
 
 
 def _cross_entropy(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -201,17 +208,7 @@ def clip_adapter(problem: Problem) -> Outcome:
         attachment = attach(
             backbone, ClipAdapter(ratio=ratio), name="clip-adapter", seed=problem.seed, replace=True
         )
-        fit(
-            backbone,
-            (problem.view_features, problem.view_labels),
-            loss=loss,
-            steps=200,
-            lr=3e-3,
-            batch_size=64,
-            seed=problem.seed,
-            progress=problem.progress,
-            label=f"CLIP-Adapter {ratio}",
-        )
+        _fit_features(problem, backbone, loss, 200, 3e-3, f"CLIP-Adapter {ratio}")
         with torch.no_grad():
             logits = problem.classifier(adapted(backbone, problem.validation_features))
         reached = score(logits, problem.validation_labels).accuracy
