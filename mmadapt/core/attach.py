@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.adapter import Adapter
+from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap, unwrap_model
 from mmadapt.core.compose import Composition, Stack, Sum, compose
 from mmadapt.core.site import select
-from mmadapt.errors import AdapterError, AttachError, SiteError, did_you_mean
+from mmadapt.errors import AdapterError, SiteError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.attachment import Attachment
-    from mmadapt.core.bank import Bank
     from mmadapt.core.site import SiteView
 
 
@@ -91,35 +91,6 @@ def as_adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
 
 
 # -- what is attached -----------------------------------------------------------------------
-
-
-def require_bank(m: Any) -> tuple[nn.Module, Bank]:
-    """The model and its bank; an error where nothing is attached."""
-    from mmadapt.core.bank import bank_of
-
-    model = unwrap_model(m)
-    bank = bank_of(model)
-    if bank is None:
-        raise AttachError(
-            f"nothing is attached to this {type(model).__name__}",
-            "mmadapt.attach(model, mmadapt.Bottleneck(32)) puts an adapter in",
-        )
-    return model, bank
-
-
-def require_name(bank: Bank, name: str | None, verb: str) -> str:
-    """The name given, checked, or the only one attached."""
-    if name is None:
-        if len(bank.records) != 1:
-            raise AttachError(
-                f"{verb} needs a name: {len(bank.records)} attachments are there "
-                f"({', '.join(bank.records)})",
-                f"for example {verb}(model, …, name={next(iter(bank.records))!r})",
-            )
-        return next(iter(bank.records))
-    if name not in bank.records:
-        raise AttachError(f"no attachment is named {name!r}", did_you_mean(str(name), bank.records))
-    return name
 
 
 def attachments(m: Any) -> dict[str, Attachment]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attach import detach, require_bank, require_name, set_active
+from mmadapt.core.attach import detach, set_active
+from mmadapt.core.attached import require_bank, require_name
 
 if TYPE_CHECKING:
     from torch import nn

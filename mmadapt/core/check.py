@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attach import require_bank
+from mmadapt.core.attached import require_bank
 from mmadapt.core.table import Table
 from mmadapt.errors import CheckError
 

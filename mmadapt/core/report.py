@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attach import as_adapters, require_bank, require_name, resolve
+from mmadapt.core.attach import as_adapters, resolve
+from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.table import Table, count, shape_of
 

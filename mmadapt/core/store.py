@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attach import require_bank, require_name
+from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterError, AdapterFileError, WrongBackboneError, did_you_mean
