@@ -1,6 +1,7 @@
 """The `mmadapt` command."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -54,6 +55,8 @@ def test_the_demo_from_end_to_end(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     accuracy = {row["method"]: row["accuracy"][0] for row in results["results"]}
     assert accuracy["Bottleneck"] > accuracy["zero-shot"] > accuracy["raw pixels + LR"]
+    kept = float(re.search(r"adapter: .* accuracy ([\d.]+) %", done.stdout)[1])
+    assert kept == pytest.approx(100 * accuracy["Bottleneck"], abs=0.01)  # the table's own row
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "Bottleneck" in page
 

@@ -67,6 +67,8 @@ def run(
         shots=(shots,),
         seeds=seeds,
         source=source(),
+        augment=variations,
+        views=VIEWS,
         show=show,
     )
     show("")
