@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from mmadapt import adapter, errors, ops, tasks, zoo
     from mmadapt.adapter import (
         Adapter,
+        AdapterBias,
+        BiAdaptFormer,
         Bottleneck,
         ClipAdapter,
+        Compacter,
+        Convpass,
         LoRA,
+        ScaleShift,
         TipAdapter,
+        Unlock,
         register_adapter,
     )
     from mmadapt.core.anatomy import Anatomy
@@ -31,7 +37,9 @@ if TYPE_CHECKING:
     from mmadapt.core.backbone import Backbone
     from mmadapt.core.check import check
     from mmadapt.core.compose import Stack, Sum
+    from mmadapt.core.merge import merge, unmerge
     from mmadapt.core.report import inspect, plan, sites
+    from mmadapt.core.rows import context
     from mmadapt.core.site import Span
     from mmadapt.core.store import load_adapter, save
     from mmadapt.errors import MmadaptError
@@ -39,14 +47,19 @@ if TYPE_CHECKING:
     from mmadapt.zoo.load import load
 
 _HOMES = {
-    "mmadapt.adapter": "Adapter Bottleneck ClipAdapter LoRA TipAdapter register_adapter",
+    "mmadapt.adapter": (
+        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass LoRA "
+        "ScaleShift TipAdapter Unlock register_adapter"
+    ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",
     "mmadapt.core.attachment": "Attachment",
     "mmadapt.core.backbone": "Backbone",
     "mmadapt.core.check": "check",
     "mmadapt.core.compose": "Stack Sum",
+    "mmadapt.core.merge": "merge unmerge",
     "mmadapt.core.report": "inspect plan sites",
+    "mmadapt.core.rows": "context",
     "mmadapt.core.site": "Span",
     "mmadapt.core.store": "load_adapter save",
     "mmadapt.errors": "MmadaptError",

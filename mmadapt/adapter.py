@@ -20,15 +20,24 @@ if TYPE_CHECKING:
     from mmadapt.core.layer import Layer
     from mmadapt.core.site import SiteView
 
-Activation = Literal["relu", "gelu", "quick_gelu", "silu", "tanh", "identity"]
-ACTIVATIONS: tuple[str, ...] = ("relu", "gelu", "quick_gelu", "silu", "tanh", "identity")
+Activation = Literal["relu", "gelu", "gelu_new", "quick_gelu", "silu", "tanh", "identity"]
+ACTIVATIONS: tuple[str, ...] = (
+    "relu",
+    "gelu",
+    "gelu_new",
+    "quick_gelu",
+    "silu",
+    "tanh",
+    "identity",
+)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A method with its hyper-parameters: what to build, and at which sites by default.
 
-    Subclasses are frozen dataclasses whose fields are plain JSON values.
+    Subclasses are frozen dataclasses whose fields are plain JSON values, or tuples of them; one with
+    a `__post_init__` of its own calls this one.
     """
 
     #: name in adapter files; unique among registered adapters
@@ -44,6 +53,26 @@ class Adapter:
     #: the paper
     source: ClassVar[str] = ""
 
+    #: site patterns of this very adapter, as presets set them; None means `default_sites`
+    at: tuple[str, ...] | None = dataclasses.field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        at: Any = (self.at,) if isinstance(self.at, str) else self.at
+        if at is None:
+            return
+        strings = isinstance(at, (list, tuple)) and all(isinstance(one, str) and one for one in at)
+        if not strings or not at:
+            raise AdapterError(
+                f"{type(self).__name__}: at is {self.at!r}, expected a site pattern or several",
+                'for example at="vision.layers[-6:].mlp"',
+            )
+        object.__setattr__(self, "at", tuple(at))
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Site patterns used when `attach` is given none."""
+        return self.default_sites if self.at is None else self.at
+
     def build(self, site: SiteView, generator: torch.Generator) -> Layer:
         """Make the trainable layer for one site, drawing from `generator` only."""
         import importlib
@@ -58,7 +87,10 @@ class Adapter:
     def to_json(self) -> dict[str, Any]:
         """The adapter as plain JSON, `from_json`'s inverse."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"method": self.method, **fields}
+        if self.at is None:
+            del fields["at"]
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return {"method": self.method, **plain}
 
 
 _REGISTRY: dict[str, type[Adapter]] = {}
@@ -73,7 +105,18 @@ def register_adapter(cls: type[_A]) -> type[_A]:
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise AdapterError(f"method {cls.method!r} is already registered by {known.__name__}")
     _REGISTRY[cls.method] = cls
+    cls.__repr__ = _short_repr
     return cls
+
+
+def _short_repr(adapter: Adapter) -> str:
+    """The class and the hyper-parameters that differ from their defaults."""
+    fields = [
+        f"{f.name}={getattr(adapter, f.name)!r}"
+        for f in dataclasses.fields(adapter)
+        if getattr(adapter, f.name) != f.default
+    ]
+    return f"{type(adapter).__name__}({', '.join(fields)})"
 
 
 def adapters() -> dict[str, type[Adapter]]:
@@ -121,6 +164,15 @@ def _one_of(adapter: Adapter, name: str, options: tuple[str, ...]) -> None:
         )
 
 
+def _flag(adapter: Adapter, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(adapter, name), bool):
+            raise AdapterError(
+                f"{type(adapter).__name__}: {name} is {getattr(adapter, name)!r}, expected True or "
+                "False"
+            )
+
+
 def _number(adapter: Adapter, *names: str, low: float = float("-inf"), high: float = float("inf")):
     for name in names:
         value = getattr(adapter, name)
@@ -137,16 +189,23 @@ def _number(adapter: Adapter, *names: str, low: float = float("-inf"), high: flo
 class Bottleneck(Adapter):
     """Down-projection, activation, up-projection and a residual connection (Houlsby et al. 2019).
 
-    `sequential` reads the branch's output y and returns y + s·up(act(down(y))); `parallel` reads the
-    branch's input x and returns y + s·up(act(down(x))) (He et al. 2022; AdaptFormer with relu, 0.1).
+    `sequential` reads the site's output y, `parallel` its input x (He et al. 2022):
+    y + norm_after(s·up(dropout(act(down(norm_before(z)))))) with z = y or x.
 
-    Parameters per site: 2·C·width + width + C for C channels.
+    `norm` adds a LayerNorm of the adapter's own before the down-projection or after the scaling.
+    `scale` is the number s; with `scale_kind` "learned" or "channel" it is where one trained number,
+    or one a channel, begins. `start="houlsby"` draws both projections from N(0, 0.01²) within two
+    deviations, which is no identity. The class methods give published configurations with their sites.
+
+    Parameters per site: 2·C·width + width + C for C channels; with a norm 2·C more, with a trained
+    scale 1 or C more.
     """
 
     method: ClassVar[str] = "bottleneck"
     layer: ClassVar[str] = "mmadapt.methods.bottleneck:BottleneckLayer"
     ports: ClassVar[tuple[str, ...]] = ("out",)
-    default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp",)
+    default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp", "blocks[*].mlp")
+    not_identity: ClassVar[str] = 'start="houlsby" draws the up-projection too, as published'
     source: ClassVar[str] = (
         "Houlsby et al. 2019, arXiv:1902.00751; He et al. 2022, arXiv:2110.04366"
     )
@@ -155,12 +214,81 @@ class Bottleneck(Adapter):
     placement: Literal["sequential", "parallel"] = "sequential"
     activation: Activation = "gelu"
     scale: float = 1.0
+    scale_kind: Literal["fixed", "learned", "channel"] = "fixed"
+    norm: Literal["none", "before", "after"] = "none"
+    dropout: float = 0.0
+    start: Literal["zero", "houlsby"] = "zero"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "width")
         _one_of(self, "placement", ("sequential", "parallel"))
         _one_of(self, "activation", ACTIVATIONS)
         _number(self, "scale", low=-1e6, high=1e6)
+        _one_of(self, "scale_kind", ("fixed", "learned", "channel"))
+        _one_of(self, "norm", ("none", "before", "after"))
+        _number(self, "dropout", low=0.0, high=0.999)
+        _one_of(self, "start", ("zero", "houlsby"))
+
+    def starts_as_identity(self) -> bool:
+        return self.start == "zero"
+
+    @classmethod
+    def houlsby(cls, width: int = 64, **changes: Any) -> Bottleneck:
+        """Two per block, behind the attention and the MLP branch (arXiv:1902.00751)."""
+        options: dict[str, Any] = {
+            "activation": "silu",
+            "at": ("*.layers[*].attn", "*.layers[*].mlp"),
+        }
+        return cls(width, **{**options, **changes})
+
+    @classmethod
+    def pfeiffer(cls, width: int = 48, **changes: Any) -> Bottleneck:
+        """One per block, behind the MLP and its residual connection (arXiv:2005.00247)."""
+        options: dict[str, Any] = {"activation": "relu", "at": ("*.layers[*]",)}
+        return cls(width, **{**options, **changes})
+
+    @classmethod
+    def parallel(cls, width: int = 512, **changes: Any) -> Bottleneck:
+        """One beside each MLP, reading the MLP's input, scale 4 (arXiv:2110.04366)."""
+        options: dict[str, Any] = {
+            "placement": "parallel",
+            "activation": "relu",
+            "scale": 4.0,
+            "at": ("*.layers[*].mlp",),
+        }
+        return cls(width, **{**options, **changes})
+
+    @classmethod
+    def adaptformer(cls, width: int = 64, **changes: Any) -> Bottleneck:
+        """One beside each MLP with an input LayerNorm, scale 0.1 (arXiv:2205.13535).
+
+        In pre-norm backbones the MLP's input is normalised already; `norm="none"` then reads the
+        paper's equation with the backbone's own norm.
+        """
+        options: dict[str, Any] = {
+            "placement": "parallel",
+            "activation": "relu",
+            "scale": 0.1,
+            "norm": "before",
+            "dropout": 0.1,
+            "at": ("*.layers[*].mlp",),
+        }
+        return cls(width, **{**options, **changes})
+
+    @classmethod
+    def adapterplus(cls, width: int = 8, **changes: Any) -> Bottleneck:
+        """One behind each block with a trained scale per channel (Adapter+, arXiv:2406.06820).
+
+        Starts as published, with Houlsby's draw; `start="zero"` makes it an identity.
+        """
+        options: dict[str, Any] = {
+            "activation": "gelu",
+            "scale_kind": "channel",
+            "start": "houlsby",
+            "at": ("*.layers[*]",),
+        }
+        return cls(width, **{**options, **changes})
 
 
 @register_adapter
@@ -170,9 +298,13 @@ class LoRA(Adapter):
 
     Called linears are met at their `out` port; weights that their module reads itself (packed
     attention projections) at the `weight` port, row by row, so that q and v of a packed projection
-    can be adapted without k. `alpha=None` means alpha = rank, a scale of one.
+    can be adapted without k. Kernels of convolutions in one, two and three dimensions without groups
+    change the same way: A is a kernel with `rank` channels, B mixes them.
 
-    Parameters per site: rank·(inputs + outputs).
+    `alpha=None` means alpha = rank, a scale of one; `rank_stabilized` divides alpha by √rank
+    instead (Kalajdzievski 2023, arXiv:2312.03732).
+
+    Parameters per site: rank·(inputs + outputs); a kernel's inputs count its taps.
     """
 
     method: ClassVar[str] = "lora"
@@ -184,17 +316,222 @@ class LoRA(Adapter):
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
+    rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "rank")
         if self.alpha is not None:
             _number(self, "alpha", low=-1e6, high=1e6)
         _number(self, "dropout", low=0.0, high=0.999)
+        _flag(self, "rank_stabilized")
+        if self.rank_stabilized and self.alpha is None:
+            raise AdapterError(
+                "LoRA: rank_stabilized divides alpha by √rank, and alpha is None",
+                "pass alpha, for example alpha=16",
+            )
 
     @property
     def scale(self) -> float:
         """Factor on B·A."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+@register_adapter
+@dataclass(frozen=True)
+class ScaleShift(Adapter):
+    """A trained scale and shift per channel, y·γ + β, behind every operation (SSF, Lian et al. 2022).
+
+    Starts at γ = 1 and β = 0; `start="published"` draws them from N(1, 0.02²) and N(0, 0.02²). By
+    default it stands at those norms, projections and linears of a block that the backbone calls.
+    It replaces its site's output, so two of them stack and do not sum. Merges exactly into the
+    linear or norm it stands behind.
+
+    Parameters per site: 2·C.
+    """
+
+    method: ClassVar[str] = "scale_shift"
+    layer: ClassVar[str] = "mmadapt.methods.affine:ScaleShiftLayer"
+    ports: ClassVar[tuple[str, ...]] = ("out",)
+    default_sites: ClassVar[tuple[str, ...]] = (
+        "*.layers[*].norm1",
+        "*.layers[*].attn.q",
+        "*.layers[*].attn.k",
+        "*.layers[*].attn.v",
+        "*.layers[*].attn.o",
+        "*.layers[*].norm2",
+        "*.layers[*].mlp.up",
+        "*.layers[*].mlp.down",
+    )
+    not_identity: ClassVar[str] = 'start="published" draws the scales and shifts'
+    source: ClassVar[str] = "Lian et al. 2022, arXiv:2210.08823"
+
+    start: Literal["identity", "published"] = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self, "start", ("identity", "published"))
+
+    def starts_as_identity(self) -> bool:
+        return self.start == "identity"
+
+
+@register_adapter
+@dataclass(frozen=True)
+class AdapterBias(Adapter):
+    """A shift per token along one trained direction, y + (w·z + b)·v (Fu et al. 2022).
+
+    Stands at the MLP's second linear: z is its input, the activations inside the MLP. v starts at
+    zero. The paper's variant with one (w, b) for all layers is not offered.
+
+    Parameters per site: inputs + outputs + 1.
+    """
+
+    method: ClassVar[str] = "adapter_bias"
+    layer: ClassVar[str] = "mmadapt.methods.affine:AdapterBiasLayer"
+    ports: ClassVar[tuple[str, ...]] = ("out",)
+    default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp.down",)
+    source: ClassVar[str] = "Fu et al. 2022, arXiv:2205.00305"
+
+
+@register_adapter
+@dataclass(frozen=True)
+class Compacter(Adapter):
+    """A bottleneck whose projections are sums of Kronecker products (Karimi Mahabadi et al. 2021).
+
+    Each projection is Σ_i A_i ⊗ (s_i·t_iᵀ) with `division` terms, both with biases; down and up of a
+    site share the A_i. The paper shares them across layers too, and trains the backbone's norms
+    beside them; here every site has its own A_i, division³ numbers, and norms are `Unlock`'s.
+    `start="zero"` sets the up-projection's t_i to zero; "published" draws them.
+
+    Parameters per site: 2·(C + width) + C + width + division³.
+    """
+
+    method: ClassVar[str] = "compacter"
+    layer: ClassVar[str] = "mmadapt.methods.compacter:CompacterLayer"
+    ports: ClassVar[tuple[str, ...]] = ("out",)
+    default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].attn", "*.layers[*].mlp")
+    not_identity: ClassVar[str] = 'start="published" draws every factor'
+    source: ClassVar[str] = "Karimi Mahabadi et al. 2021, arXiv:2106.04647"
+
+    width: int = 24
+    division: int = 4
+    activation: Activation = "gelu_new"
+    start: Literal["zero", "published"] = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "width", "division")
+        _one_of(self, "activation", ACTIVATIONS)
+        _one_of(self, "start", ("zero", "published"))
+        if self.width % self.division:
+            raise AdapterError(
+                f"Compacter: division {self.division} does not divide the width {self.width}"
+            )
+
+    def starts_as_identity(self) -> bool:
+        return self.start == "zero"
+
+    @classmethod
+    def plus_plus(cls, width: int = 24, **changes: Any) -> Compacter:
+        """Compacter++: behind the MLP only."""
+        options: dict[str, Any] = {"at": ("*.layers[*].mlp",)}
+        return cls(width, **{**options, **changes})
+
+
+@register_adapter
+@dataclass(frozen=True)
+class BiAdaptFormer(Adapter):
+    """A bottleneck beside the MLP whose weights have 2^bits values (Jie et al. 2023).
+
+    Trains real weights that are quantised in every forward pass: standardised per matrix, moved to
+    the nearest code, scaled back; the gradient passes the quantiser as if it were not there.
+    No biases. Files hold the trained float weights, so they are not smaller than others'; `inspect`
+    shows the bytes that bits·n/8 and two numbers a matrix would take.
+
+    Parameters per site: 2·C·width.
+    """
+
+    method: ClassVar[str] = "bi_adaptformer"
+    layer: ClassVar[str] = "mmadapt.methods.lowbit:BiAdaptFormerLayer"
+    ports: ClassVar[tuple[str, ...]] = ("out",)
+    default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp",)
+    not_identity: ClassVar[str] = "a matrix of zeros has no deviation to be quantised by"
+    source: ClassVar[str] = "Jie et al. 2023, arXiv:2307.16867"
+
+    width: int = 32
+    bits: int = 1
+    activation: Activation = "relu"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "width")
+        _one_of(self, "activation", ACTIVATIONS)
+        _number(self, "scale", low=-1e6, high=1e6)
+        if self.bits not in (1, 2, 3, 4) or isinstance(self.bits, bool):
+            raise AdapterError(f"BiAdaptFormer: bits is {self.bits!r}, expected 1, 2, 3 or 4")
+
+
+@register_adapter
+@dataclass(frozen=True)
+class Convpass(Adapter):
+    """A bottleneck with a 3 × 3 convolution over the image's patches (Jie and Deng 2022).
+
+    Two per block, beside attention and MLP: y + scale·up(dropout(g(conv(g(down(x)))))), g the quick
+    GELU. Tokens are a square grid of patches in reading order, with or without one class token,
+    which is convolved as an image of one pixel. `grid=(rows, columns)` says otherwise, and tokens
+    before the grid then are all treated like a class token: give it for backbones with registers,
+    whose count of tokens may by chance look like another square. `kernel="identity"` starts the
+    convolution as one that does nothing.
+
+    Parameters per site: 2·C·width + C + width + 9·width² + width.
+    """
+
+    method: ClassVar[str] = "convpass"
+    layer: ClassVar[str] = "mmadapt.methods.conv:ConvpassLayer"
+    ports: ClassVar[tuple[str, ...]] = ("out",)
+    default_sites: ClassVar[tuple[str, ...]] = ("vision.layers[*].attn", "vision.layers[*].mlp")
+    source: ClassVar[str] = "Jie and Deng 2022, arXiv:2207.07039"
+
+    width: int = 8
+    scale: float = 1.0
+    dropout: float = 0.1
+    kernel: Literal["identity", "xavier"] = "identity"
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "width")
+        _number(self, "scale", low=-1e6, high=1e6)
+        _number(self, "dropout", low=0.0, high=0.999)
+        _one_of(self, "kernel", ("identity", "xavier"))
+        if self.grid is None:
+            return
+        sides: Any = self.grid
+        whole = isinstance(sides, (list, tuple)) and all(type(n) is int and n > 0 for n in sides)
+        if not whole or len(sides) != 2:
+            raise AdapterError(f"Convpass: grid is {sides!r}, expected (rows, columns) or None")
+        object.__setattr__(self, "grid", tuple(sides))
+
+
+@register_adapter
+@dataclass(frozen=True)
+class Unlock(Adapter):
+    """The backbone's own tensors, trained: BitFit, tuned norms, a decoder left open.
+
+    Works at every site with a `weight` port, and has no sites of its own. What is trained, summed
+    and saved is the change from the backbone's value, so weight decay pulls towards the backbone.
+
+    Parameters per site: those of the tensor.
+    """
+
+    method: ClassVar[str] = "unlock"
+    layer: ClassVar[str] = "mmadapt.methods.unlock:UnlockLayer"
+    ports: ClassVar[tuple[str, ...]] = ("weight",)
+    source: ClassVar[str] = "Ben Zaken et al. 2022 (BitFit), arXiv:2106.10199"
 
 
 @register_adapter
@@ -222,6 +559,7 @@ class ClipAdapter(Adapter):
     start: Literal["published", "identity"] = "published"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "reduction")
         _number(self, "ratio", low=0.0, high=1.0)
         _one_of(self, "start", ("published", "identity"))
@@ -255,10 +593,8 @@ class TipAdapter(Adapter):
     train_keys: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "entries")
         _number(self, "residual", low=0.0, high=1e6)
         _number(self, "sharpness", low=0.0, high=1e6)
-        if not isinstance(self.train_keys, bool):
-            raise AdapterError(
-                f"TipAdapter: train_keys is {self.train_keys!r}, expected True or False"
-            )
+        _flag(self, "train_keys")

@@ -29,6 +29,10 @@ class AttachError(MmadaptError, ValueError):
     """An attachment cannot be made, or the one that was named is not there."""
 
 
+class MergeError(MmadaptError, ValueError):
+    """An attachment cannot be merged into the backbone's weights, or is not."""
+
+
 class CheckError(MmadaptError, RuntimeError):
     """A forward or backward pass showed that an attachment does not work as it should."""
 

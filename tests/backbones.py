@@ -184,6 +184,179 @@ def hf_vit_classifier() -> nn.Module:
     return ViTForImageClassification(ViTConfig(**_HF_VISION, num_labels=CLASSES))
 
 
+@_seeded
+def hf_siglip() -> nn.Module:
+    from transformers import SiglipConfig, SiglipModel
+
+    text = {
+        key: value for key, value in _HF_VISION.items() if key not in ("image_size", "patch_size")
+    }
+    text.update(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, projection_size=WIDTH)
+    text.update(bos_token_id=0, eos_token_id=VOCABULARY - 1, pad_token_id=0)
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=dict(_HF_VISION)))
+
+
+@_seeded
+def hf_siglip_vision() -> nn.Module:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**_HF_VISION))
+
+
+@_seeded
+def hf_dinov2() -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(Dinov2Config(**_HF_VISION, layerscale_value=0.5))
+
+
+@_seeded
+def hf_dinov2_registers() -> nn.Module:
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    return Dinov2WithRegistersModel(
+        # 4 registers: 9 tokens, which methods that guess a grid of patches take for 3 × 3
+        Dinov2WithRegistersConfig(**_HF_VISION, num_register_tokens=4, use_swiglu_ffn=True)
+    )
+
+
+def _bert_config(**more: Any) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        max_position_embeddings=CONTEXT,
+        hidden_dropout_prob=0.0,  # a law runs half of the modules in train mode
+        attention_probs_dropout_prob=0.0,
+        **more,
+    )
+
+
+@_seeded
+def hf_bert() -> nn.Module:
+    from transformers import BertModel
+
+    return BertModel(_bert_config())
+
+
+@_seeded
+def hf_bert_classifier() -> nn.Module:
+    from transformers import BertForSequenceClassification
+
+    return BertForSequenceClassification(_bert_config(num_labels=CLASSES))
+
+
+# -- timm ---------------------------------------------------------------------------------------
+
+
+@_seeded
+def timm_vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=IMAGE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=CLASSES,
+        init_values=0.5,
+    )
+
+
+@_seeded
+def open_clip_timm() -> nn.Module:
+    """SigLIP as open_clip has it, its vision tower being timm's."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = CustomTextCLIP(
+        WIDTH,
+        CLIPVisionCfg(
+            timm_model_name="test_vit", timm_pool="map", timm_proj="none", image_size=IMAGE
+        ),
+        CLIPTextCfg(**_OPEN_CLIP_TEXT, no_causal_mask=True, proj_bias=True, pool_type="last"),
+        init_logit_bias=-10,
+    )
+    model.visual.trunk = VisionTransformer(  # type: ignore[union-attr]
+        img_size=IMAGE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=0,
+        class_token=False,
+        global_pool="map",
+    )
+    return model
+
+
+# -- models of no known family, for the generic anatomy ----------------------------------------
+
+
+@_seeded
+def timm_swin() -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer(
+        img_size=IMAGE,
+        patch_size=2,
+        num_classes=CLASSES,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(1, 2),
+        window_size=4,
+        drop_path_rate=0.0,
+    )
+
+
+class Block(nn.Module):
+    """A pre-norm block as people write it; its attention is torch's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Own(nn.Module):
+    """A transformer over feature vectors (B, T, DIM), pooled to classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(DIM, WIDTH)
+        self.body = nn.ModuleList(Block(WIDTH) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = self.embed(frames)
+        for block in self.body:
+            x = block(x)
+        return self.head(x.mean(dim=1))
+
+
+@_seeded
+def own_transformer() -> nn.Module:
+    return Own()
+
+
+def frames(rows: int, width: int = DIM) -> Tensor:
+    """Feature vectors (rows, 4, width)."""
+    return torch.randn(rows, 4, width, generator=torch.Generator().manual_seed(14))
+
+
 # -- a task's own model -------------------------------------------------------------------------
 
 
@@ -258,6 +431,48 @@ BACKBONES: dict[str, Tiny] = {
             hf_vit_classifier,
             lambda rows: {"pixel_values": pixels(rows)},
             lambda output: (output.logits,),
+        ),
+        Tiny("timm_vit", timm_vit, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
+        Tiny(
+            "open_clip_timm",
+            open_clip_timm,
+            lambda rows: {"image": pixels(rows), "text": tokens(rows)},
+            lambda output: output[:2],
+        ),
+        Tiny(
+            "hf_siglip",
+            hf_siglip,
+            lambda rows: {"pixel_values": pixels(rows), "input_ids": tokens(rows)},
+            lambda output: (output.image_embeds, output.text_embeds),
+        ),
+        Tiny(
+            "hf_siglip_vision",
+            hf_siglip_vision,
+            lambda rows: {"pixel_values": pixels(rows)},
+            _pooled_and_tokens,
+        ),
+        Tiny(
+            "hf_dinov2", hf_dinov2, lambda rows: {"pixel_values": pixels(rows)}, _pooled_and_tokens
+        ),
+        Tiny(
+            "hf_dinov2_registers",
+            hf_dinov2_registers,
+            lambda rows: {"pixel_values": pixels(rows)},
+            _pooled_and_tokens,
+        ),
+        Tiny("hf_bert", hf_bert, lambda rows: {"input_ids": tokens(rows)}, _pooled_and_tokens),
+        Tiny(
+            "hf_bert_classifier",
+            hf_bert_classifier,
+            lambda rows: {"inputs_embeds": frames(rows, WIDTH)},
+            lambda output: (output.logits,),
+        ),
+        Tiny("timm_swin", timm_swin, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
+        Tiny(
+            "own_transformer",
+            own_transformer,
+            lambda rows: {"frames": frames(rows)},
+            lambda output: (output,),
         ),
     )
 }

@@ -13,6 +13,7 @@ TREE = {
     "AdapterError": ValueError,
     "SiteError": LookupError,
     "AttachError": ValueError,
+    "MergeError": ValueError,
     "CheckError": RuntimeError,
     "AdapterFileError": ValueError,
     "WrongBackboneError": errors.AdapterFileError,

@@ -41,8 +41,34 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     "bottleneck": {
         "sequential": mm.Bottleneck(4),
         "parallel": mm.Bottleneck(4, placement="parallel", activation="relu", scale=0.5),
+        "houlsby": mm.Bottleneck.houlsby(4),
+        "pfeiffer": mm.Bottleneck.pfeiffer(4),
+        "adaptformer": mm.Bottleneck.adaptformer(4),
+        "adapterplus": mm.Bottleneck.adapterplus(4, scale=30.0),  # else too near the identity
+        "norm-after": mm.Bottleneck(4, norm="after", scale_kind="learned"),
     },
-    "lora": {"scaled": mm.LoRA(2, alpha=4.0)},
+    "lora": {
+        "scaled": mm.LoRA(2, alpha=4.0),
+        "rank-stabilised": mm.LoRA(2, alpha=4.0, rank_stabilized=True, at="*.layers[*].mlp.up"),
+    },
+    "scale_shift": {
+        "identity": mm.ScaleShift(),
+        "published": mm.ScaleShift(start="published"),
+    },
+    "adapter_bias": {"defaults": mm.AdapterBias()},
+    "compacter": {
+        "zero": mm.Compacter(width=4, division=2),
+        "plus-plus": mm.Compacter.plus_plus(width=4, division=4),
+    },
+    "bi_adaptformer": {
+        "one-bit": mm.BiAdaptFormer(4, scale=30.0),  # else its start is too near the identity
+        "two-bit": mm.BiAdaptFormer(4, bits=2, scale=30.0),
+    },
+    "convpass": {
+        "identity-kernel": mm.Convpass(4, scale=0.5, dropout=0.0),
+        "xavier-kernel": mm.Convpass(4, kernel="xavier"),
+    },
+    "unlock": {"linear": mm.Unlock(at="*.layers[*].mlp.up:weight")},
     "clip_adapter": {
         "identity": mm.ClipAdapter(reduction=1, start="identity"),
         "published": mm.ClipAdapter(reduction=2),
@@ -56,6 +82,8 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
 #: (method, law) -> why it does not apply
 EXEMPTIONS: dict[tuple[str, str], str] = {
     ("tip_adapter", "seeds"): "its keys start empty; nothing is drawn",
+    ("scale_shift", "seeds"): "it starts at one and zero; nothing is drawn",
+    ("unlock", "seeds"): "it starts at the backbone's values; nothing is drawn",
 }
 
 
@@ -376,9 +404,11 @@ def test_an_unknown_site_is_refused_with_suggestions(case: Case) -> None:
     model = case.tiny.fresh()
     before = state(model)
     role = mm.plan(model, case.adapter).rows[0][0].rpartition(":")[0]
+    word, bracket, index = role.rpartition("[") if role.endswith("]") else (role, "", "")
+    unknown = f"{word}x{bracket}{index}"
     with pytest.raises(mm.errors.SiteError) as caught:
-        mm.attach(model, case.adapter, at=f"{role}x")
-    assert repr(f"{role}x") in str(caught.value)
+        mm.attach(model, case.adapter, at=unknown)
+    assert repr(unknown) in str(caught.value)
     assert "matches nothing" in str(caught.value)
     assert role.replace("[0]", "[*]") in caught.value.hint
     assert state(model) == before
@@ -402,7 +432,11 @@ def test_two_attachments_coexist_and_switch_without_a_trace(case: Case) -> None:
         assert_equal(case.without_grad(model), expected)
     mm.set_active(model)
     assert_equal(case.without_grad(model), bare)
-    mm.set_active(model, "a", "b")
+    additive = all(layer.additive for layer in second.layers.values())
+    if not additive:
+        with pytest.raises(mm.errors.AttachError, match="does not add a change"):
+            mm.set_active(model, "a", "b")
+    mm.set_active(model, mm.Sum("a", "b") if additive else mm.Stack("a", "b"))
     both = case.without_grad(model)
     assert differ(both, alone[0])
     assert differ(both, alone[1])
@@ -541,6 +575,22 @@ def test_the_exported_program_equals_the_adapted_model(case: Case) -> None:
 
 
 # -- the suite itself -----------------------------------------------------------------------------
+
+
+@every_case
+def test_a_merge_equals_and_leaves_without_a_trace_or_says_why_not(case: Case) -> None:
+    model, _ = case.acting()
+    kept, before = values(model), case.without_grad(model)
+    try:
+        mm.merge(model)
+    except mm.errors.MergeError as refused:
+        reason = str(refused)
+        assert "cannot be merged" in reason
+    else:
+        assert_close(case.without_grad(model), before, 1e-4)
+        mm.unmerge(model)
+    assert_same_values(kept, values(model))
+    assert_equal(case.without_grad(model), before)
 
 
 def test_every_exemption_names_a_registered_method_and_a_reason() -> None:

@@ -26,6 +26,7 @@ CLASSIFIER = BACKBONES["zero_shot_classifier"]
 WRITTEN_OUT = {
     "relu": lambda x: x * (x > 0),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "tanh": lambda x: 1 - 2 / (torch.exp(2 * x) + 1),
@@ -383,11 +384,31 @@ WHOLE = "expected a whole number of at least 1"
         ),
         (
             lambda: mm.Bottleneck(activation="quickgelu"),  # type: ignore[arg-type]
-            "activation is 'quickgelu', expected one of relu, gelu, quick_gelu, silu, tanh, identity",
+            "activation is 'quickgelu', expected one of relu, gelu, gelu_new, "
+            "quick_gelu, silu, tanh, identity",
         ),
         (lambda: mm.Bottleneck(scale=float("nan")), "scale is nan, expected a number in"),
         (lambda: mm.Bottleneck(scale=float("inf")), "scale is inf, expected a number in"),
         (lambda: mm.Bottleneck(scale="1"), "scale is '1', expected a number in"),  # type: ignore[arg-type]
+        (
+            lambda: mm.Bottleneck(scale_kind="fix"),  # type: ignore[arg-type]
+            "scale_kind is 'fix', expected one of fixed, learned, channel",
+        ),
+        (
+            lambda: mm.Bottleneck(norm="in"),  # type: ignore[arg-type]
+            "norm is 'in', expected one of none, before, after",
+        ),
+        (lambda: mm.Bottleneck(dropout=1.0), "dropout is 1.0, expected a number in [0, 0.999]"),
+        (
+            lambda: mm.Bottleneck(start="bert"),  # type: ignore[arg-type]
+            "start is 'bert', expected one of zero, houlsby",
+        ),
+        (
+            lambda: mm.Bottleneck(at=()),
+            "Bottleneck: at is (), expected a site pattern or several\n"
+            '  Next: for example at="vision.layers[-6:].mlp"',
+        ),
+        (lambda: mm.Bottleneck(at=3), "Bottleneck: at is 3, expected a site pattern"),  # type: ignore[arg-type]
         (lambda: mm.LoRA(-1), f"LoRA: rank is -1, {WHOLE}"),
         (lambda: mm.LoRA(alpha=float("nan")), "LoRA: alpha is nan, expected a number in"),
         (lambda: mm.LoRA(dropout=1.0), "LoRA: dropout is 1.0, expected a number in [0, 0.999]"),

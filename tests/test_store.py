@@ -82,6 +82,10 @@ def test_the_manifest_says_what_it_is_and_what_it_was_made_for(folder: Path) -> 
             "placement": "sequential",
             "activation": "gelu",
             "scale": 1.0,
+            "scale_kind": "fixed",
+            "norm": "none",
+            "dropout": 0.0,
+            "start": "zero",
             "sites": [
                 f"{t}.layers[{i}].mlp:out" for t in ("vision", "text") for i in range(LAYERS)
             ],

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.backbones.blocks import (
+    activation_name,
+    hf_layers,
+    linear,
+    norm_taps,
+    timm_layers,
+)
+from mmadapt.backbones.vit import timm_facts
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
@@ -32,44 +40,26 @@ def _open_clip_layers(tower: str, path: str) -> dict[str, Span]:
     )
     roles[f"{tower}.layers[i].mlp"] = Span(f"{block}.mlp", x="0|input", channels=channels)
     for word, name in (("up", "c_fc"), ("down", "c_proj")):
-        roles[f"{tower}.layers[i].mlp.{word}"] = _linear(f"{block}.mlp.{name}")
+        roles[f"{tower}.layers[i].mlp.{word}"] = linear(f"{block}.mlp.{name}")
     return roles
-
-
-def _hf_layers(tower: str, path: str) -> dict[str, Span]:
-    block = path + ".{i}"
-    channels = f"{block}.layer_norm1.weight"
-    roles = {
-        f"{tower}.layers[i]": Span(block, channels=channels),
-        f"{tower}.layers[i].attn": Span(f"{block}.self_attn", channels=channels),
-    }
-    for word, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
-        roles[f"{tower}.layers[i].attn.{word}"] = _linear(f"{block}.self_attn.{name}")
-    roles[f"{tower}.layers[i].mlp"] = Span(f"{block}.mlp", channels=channels)
-    for word, name in (("up", "fc1"), ("down", "fc2")):
-        roles[f"{tower}.layers[i].mlp.{word}"] = _linear(f"{block}.mlp.{name}")
-    return roles
-
-
-def _linear(path: str) -> Span:
-    return Span(path, ("out", "in", "weight"), x="0|input", weight=f"{path}.weight")
-
-
-def _taps(tower: str, path: str, first: str, second: str) -> dict[str, str]:
-    return {
-        f"{tower}.layers[i].norm1": f"{path}.{{i}}.{first}:out",
-        f"{tower}.layers[i].norm2": f"{path}.{{i}}.{second}:out",
-    }
 
 
 # -- open_clip ----------------------------------------------------------------------------------
 
+_NORMS = ("ln_1", "ln_2")
+
 
 def open_clip_anatomy(model: nn.Module) -> Anatomy:
-    """`open_clip.model.CLIP` and `CustomTextCLIP` with transformer towers."""
+    """`open_clip.model.CLIP` and `CustomTextCLIP` with transformer towers.
+
+    A timm vision transformer as vision tower (SigLIP and others) is named by timm's own table.
+    """
+    timm = _timm_trunk(model.visual) is not None
+    vision = "visual.trunk.blocks" if timm else "visual.transformer.resblocks"
+    layers, norms = (timm_layers, ("norm1", "norm2")) if timm else (_open_clip_layers, _NORMS)
     text = "text.transformer" if hasattr(model, "text") else "transformer"
     spans = {
-        **_open_clip_layers("vision", "visual.transformer.resblocks"),
+        **layers("vision", vision),
         "vision.pooled": Span("visual", x="0|x", channels=_open_clip_pooled(model), layout="BD"),
         **_open_clip_layers("text", f"{text}.resblocks"),
     }
@@ -82,8 +72,8 @@ def open_clip_anatomy(model: nn.Module) -> Anatomy:
         spans=spans,
         towers={"vision": "visual", "text": text},
         taps={
-            **_taps("vision", "visual.transformer.resblocks", "ln_1", "ln_2"),
-            **_taps("text", f"{text}.resblocks", "ln_1", "ln_2"),
+            **norm_taps("vision", vision, *norms),
+            **norm_taps("text", f"{text}.resblocks", *_NORMS),
         },
         facts=_open_clip_facts,
         encode={"image": _open_clip_image, "text": _open_clip_text},
@@ -99,10 +89,17 @@ def open_clip_vision_anatomy(model: nn.Module) -> Anatomy:
             "vision.pooled": Span("", x="0|x", channels="proj@1", layout="BD"),
         },
         towers={"vision": ""},
-        taps=_taps("vision", "transformer.resblocks", "ln_1", "ln_2"),
+        taps=norm_taps("vision", "transformer.resblocks", *_NORMS),
         facts=_open_clip_vision_facts,
         encode={"image": _call},
     )
+
+
+def _timm_trunk(visual: Any) -> Any:
+    """The timm vision transformer inside open_clip's `TimmModel`, if that is what `visual` is."""
+    trunk = getattr(visual, "trunk", None)
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(trunk).__mro__}
+    return trunk if "timm.models.vision_transformer.VisionTransformer" in names else None
 
 
 def _open_clip_pooled(model: nn.Module) -> str:
@@ -112,21 +109,28 @@ def _open_clip_pooled(model: nn.Module) -> str:
         return "visual.proj@1"
     if hasattr(visual, "attnpool"):
         return "visual.attnpool.c_proj.weight"
-    return "visual.head.proj.weight" if hasattr(visual, "head") else "visual.ln_post.weight"
+    head = getattr(visual, "head", None)
+    if hasattr(head, "mlp"):
+        return "visual.head.mlp.fc2.weight"
+    if _timm_trunk(visual) is not None and not hasattr(head, "proj"):
+        return "visual.trunk.blocks.0.norm1.weight"
+    return "visual.head.proj.weight" if head is not None else "visual.ln_post.weight"
 
 
 def _open_clip_vision_facts(visual: Any) -> dict[str, Any]:
+    trunk = _timm_trunk(visual)
+    if trunk is not None:
+        return {"vision": "timm-vit", **timm_facts(trunk)}
     grid = getattr(visual, "grid_size", None)
     patch = getattr(visual, "patch_size", None)
+    blocks = visual.transformer.resblocks if hasattr(visual, "transformer") else ()
     return {
-        "vision": type(visual).__name__ if not hasattr(visual, "transformer") else "transformer",
+        "vision": "transformer" if blocks else type(visual).__name__,
         "image": list(visual.image_size) if hasattr(visual, "image_size") else None,
         "patch": list(patch) if patch is not None else None,
         "grid": list(grid) if grid is not None else None,
-        "vision_layers": len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 0,
-        "activation": _activation(visual.transformer.resblocks[0].mlp.gelu)
-        if hasattr(visual, "transformer")
-        else None,
+        "vision_layers": len(blocks),
+        "activation": activation_name(blocks[0].mlp.gelu) if blocks else None,
     }
 
 
@@ -140,12 +144,6 @@ def _open_clip_facts(model: Any) -> dict[str, Any]:
         "vocabulary": tokens.weight.shape[0] if tokens is not None else None,
         "context": getattr(text, "context_length", None),
     }
-
-
-def _activation(module: Any) -> str:
-    """One name for the same function in both libraries."""
-    name = type(module).__name__.lower()
-    return "quick_gelu" if "quick" in name else "gelu" if "gelu" in name else name
 
 
 def _open_clip_image(model: Any, pixels: Tensor) -> Tensor:
@@ -168,29 +166,29 @@ def hf_clip_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="clip",
         spans={
-            **_hf_layers("vision", "vision_model.encoder.layers"),
+            **hf_layers("vision", "vision_model.encoder.layers"),
             "vision.pooled": Span(
                 "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
             ),
-            **_hf_layers("text", "text_model.encoder.layers"),
+            **hf_layers("text", "text_model.encoder.layers"),
             "text.pooled": Span(
                 "text_projection", x="0|input", channels="text_projection.weight", layout="BD"
             ),
         },
         towers={"vision": "vision_model", "text": "text_model"},
         taps={
-            **_taps("vision", "vision_model.encoder.layers", "layer_norm1", "layer_norm2"),
-            **_taps("text", "text_model.encoder.layers", "layer_norm1", "layer_norm2"),
+            **norm_taps("vision", "vision_model.encoder.layers", "layer_norm1", "layer_norm2"),
+            **norm_taps("text", "text_model.encoder.layers", "layer_norm1", "layer_norm2"),
         },
         facts=_hf_clip_facts,
-        encode={"image": _hf_image, "text": _hf_text},
+        encode={"image": hf_image, "text": hf_text},
     )
 
 
 def hf_clip_vision_anatomy(model: nn.Module) -> Anatomy:
     """`transformers.CLIPVisionModel`, with or without its projection."""
     inner = "vision_model." if hasattr(model, "vision_model") else ""
-    spans = _hf_layers("vision", f"{inner}encoder.layers")
+    spans = hf_layers("vision", f"{inner}encoder.layers")
     spans["vision.pooled"] = Span(
         "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
     )
@@ -198,7 +196,7 @@ def hf_clip_vision_anatomy(model: nn.Module) -> Anatomy:
         family="clip-vision",
         spans=spans,
         towers={"vision": inner.rstrip(".")},
-        taps=_taps("vision", f"{inner}encoder.layers", "layer_norm1", "layer_norm2"),
+        taps=norm_taps("vision", f"{inner}encoder.layers", "layer_norm1", "layer_norm2"),
         facts=_hf_vision_facts,
         encode={"image": _hf_embeds},
     )
@@ -227,11 +225,13 @@ def _hf_clip_facts(model: Any) -> dict[str, Any]:
     }
 
 
-def _hf_image(model: Any, pixels: Tensor) -> Tensor:
+def hf_image(model: Any, pixels: Tensor) -> Tensor:
+    """Image embeddings (B, D), not normalised."""
     return _embedding(model.get_image_features(pixel_values=pixels))
 
 
-def _hf_text(model: Any, tokens: Any) -> Tensor:
+def hf_text(model: Any, tokens: Any) -> Tensor:
+    """Text embeddings (B, D), not normalised; `tokens` are ids (B, L) or a tokenizer's output."""
     tokens = {"input_ids": tokens} if not hasattr(tokens, "keys") else tokens
     return _embedding(model.get_text_features(**tokens))
 

@@ -1,14 +1,21 @@
-"""Vision transformers of transformers."""
+"""Vision transformers: ViT and DINOv2 of transformers, and timm's `VisionTransformer`.
+
+Where a block scales its branches before adding them (layer scale), the roles `attn` and `mlp` are
+the branches before that scale, in every library.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.backbones.blocks import activation_name, linears, logits, norm_taps, timm_layers
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
 if TYPE_CHECKING:
     from torch import nn
+
+# -- ViT ----------------------------------------------------------------------------------------
 
 
 def vit_anatomy(model: nn.Module) -> Anatomy:
@@ -17,39 +24,25 @@ def vit_anatomy(model: nn.Module) -> Anatomy:
     tower = f"{inner}layers"
     block = tower + ".{i}"
     channels = f"{block}.layernorm_before.weight"
-    spans = {
-        "vision.layers[i]": Span(block, channels=channels),
-        "vision.layers[i].attn": Span(f"{block}.attention", channels=channels),
-    }
-    for word in "qkvo":
-        spans[f"vision.layers[i].attn.{word}"] = _linear(f"{block}.attention.{word}_proj")
-    spans["vision.layers[i].mlp"] = Span(f"{block}.mlp", channels=channels)
-    for word, name in (("up", "fc1"), ("down", "fc2")):
-        spans[f"vision.layers[i].mlp.{word}"] = _linear(f"{block}.mlp.{name}")
-    spans["logits"] = Span(
-        "classifier",
-        x="0|input",
-        channels="classifier.weight@0",
-        channels_in="classifier.weight@1",
-        layout="BK",
-    )
     return Anatomy(
         family="vit",
-        spans=spans,
-        towers={"vision": inner.rstrip(".")},
-        taps={
-            "vision.layers[i].norm1": f"{block}.layernorm_before:out",
-            "vision.layers[i].norm2": f"{block}.layernorm_after:out",
+        spans={
+            "vision.layers[i]": Span(block, channels=channels),
+            "vision.layers[i].attn": Span(f"{block}.attention", channels=channels),
+            **linears(
+                "vision.layers[i].attn", f"{block}.attention", {w: f"{w}_proj" for w in "qkvo"}
+            ),
+            "vision.layers[i].mlp": Span(f"{block}.mlp", channels=channels),
+            **linears("vision.layers[i].mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+            "logits": logits("classifier"),
         },
-        facts=_facts,
+        towers={"vision": inner.rstrip(".")},
+        taps=norm_taps("vision", tower, "layernorm_before", "layernorm_after"),
+        facts=_vit_facts,
     )
 
 
-def _linear(path: str) -> Span:
-    return Span(path, ("out", "in", "weight"), x="0|input", weight=f"{path}.weight")
-
-
-def _facts(model: Any) -> dict[str, Any]:
+def _vit_facts(model: Any) -> dict[str, Any]:
     config = model.config
     return {
         "image": config.image_size,
@@ -58,4 +51,95 @@ def _facts(model: Any) -> dict[str, Any]:
         "width": config.hidden_size,
         "activation": config.hidden_act,
         "classes": config.num_labels if hasattr(model, "classifier") else None,
+    }
+
+
+# -- DINOv2 -------------------------------------------------------------------------------------
+
+
+def dinov2_anatomy(model: nn.Module) -> Anatomy:
+    """`transformers.Dinov2Model`, with or without registers, and their image classifiers."""
+    inner = next(
+        (f"{name}." for name in ("dinov2", "dinov2_with_registers") if hasattr(model, name)), ""
+    )
+    path = f"{inner}encoder.layer"
+    block, role = path + ".{i}", "vision.layers[i]"
+    channels = f"{block}.norm1.weight"
+    first: Any = model.get_submodule(path)[0]  # type: ignore[index]
+    if hasattr(first.attention, "q_proj"):
+        attention = {word: f"{word}_proj" for word in "qkvo"}
+    else:  # releases that nest the projections one module deeper
+        attention = {
+            "q": "attention.query",
+            "k": "attention.key",
+            "v": "attention.value",
+            "o": "output.dense",
+        }
+    if hasattr(first.mlp, "fc1"):
+        mlp = {"up": "fc1", "down": "fc2"}
+    elif hasattr(first.mlp, "up_proj"):  # SwiGLU
+        mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    else:  # SwiGLU of releases that pack gate and value
+        mlp = {"up": "weights_in", "down": "weights_out"}
+    return Anatomy(
+        family="dinov2",
+        spans={
+            role: Span(block, channels=channels),
+            f"{role}.attn": Span(f"{block}.attention", channels=channels),
+            **linears(f"{role}.attn", f"{block}.attention", attention),
+            f"{role}.mlp": Span(f"{block}.mlp", x="0|hidden_state", channels=channels),
+            **linears(f"{role}.mlp", f"{block}.mlp", mlp),
+            "logits": logits("classifier"),
+        },
+        towers={"vision": inner.rstrip(".")},
+        taps=norm_taps("vision", path, "norm1", "norm2"),
+        facts=_dinov2_facts,
+    )
+
+
+def _dinov2_facts(model: Any) -> dict[str, Any]:
+    config = model.config
+    return {
+        "patch": config.patch_size,
+        "vision_layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "registers": getattr(config, "num_register_tokens", 0),
+        "activation": "swiglu" if config.use_swiglu_ffn else config.hidden_act,
+        "classes": config.num_labels if hasattr(model, "classifier") else None,
+    }
+
+
+# -- timm ---------------------------------------------------------------------------------------
+
+
+def timm_vit_anatomy(model: nn.Module) -> Anatomy:
+    """`timm.models.vision_transformer.VisionTransformer` and what inherits from it."""
+    from torch import nn
+
+    spans = timm_layers("vision", "blocks")
+    spans["vision.pooled"] = Span(
+        "head_drop", x="0|input", channels="blocks.0.norm1.weight", layout="BD"
+    )
+    if isinstance(getattr(model, "head", None), nn.Linear):
+        spans["logits"] = logits("head")
+    return Anatomy(
+        family="timm-vit",
+        spans=spans,
+        towers={"vision": ""},
+        taps=norm_taps("vision", "blocks", "norm1", "norm2"),
+        facts=timm_facts,
+    )
+
+
+def timm_facts(model: Any) -> dict[str, Any]:
+    """What must be equal for an adapter file to fit a timm vision transformer."""
+    patches, blocks = model.patch_embed, model.blocks
+    return {
+        "image": list(patches.img_size) if getattr(patches, "img_size", None) else None,
+        "patch": list(patches.patch_size),
+        "vision_layers": len(blocks),
+        "width": model.embed_dim,
+        "activation": activation_name(getattr(getattr(blocks[0], "mlp", None), "act", None)),
+        "pool": model.global_pool,
+        "classes": model.num_classes,
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.site import SiteView, Span
-from mmadapt.errors import BackboneError, SiteError
+from mmadapt.errors import SiteError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +37,20 @@ class Anatomy:
     facts: Callable[[Any], dict[str, Any]] | None = None
     #: "image" / "text" -> function (model, batch) -> pooled embeddings (B, D), not normalised
     encode: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_paths(cls, model: nn.Module, paths: Mapping[str, str]) -> Anatomy:
+        """An anatomy of your own: role -> path of the module that plays it.
+
+        Where `[i]` stands in a role and `{i}` in its path, every child of that list gets a role.
+        Linears can be met at all ports, convolutions at their weight, other modules at their call,
+        whose width is read from the weights inside. Raises `BackboneError` for a path that is not
+        there.
+
+            anatomy = mm.Anatomy.from_paths(net, {"layers[i].mlp": "trunk.{i}.ff", "head": "out"})
+            backbone = mm.Backbone(net, anatomy=anatomy)
+        """
+        return importlib.import_module("mmadapt.backbones.generic").named(model, paths)
 
     def roles(self, model: nn.Module) -> dict[str, Span]:
         """Every role this model really has, with its span, in the order of the table."""
@@ -149,6 +163,30 @@ KNOWN: dict[str, str] = {
     "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": (
         "mmadapt.backbones.clip:hf_clip_vision_anatomy"
     ),
+    "timm.models.vision_transformer.VisionTransformer": "mmadapt.backbones.vit:timm_vit_anatomy",
+    "transformers.models.siglip.modeling_siglip.SiglipModel": (
+        "mmadapt.backbones.siglip:siglip_anatomy"
+    ),
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": (
+        "mmadapt.backbones.siglip:siglip_vision_anatomy"
+    ),
+    "transformers.models.siglip.modeling_siglip.SiglipForImageClassification": (
+        "mmadapt.backbones.siglip:siglip_vision_anatomy"
+    ),
+    **{
+        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
+            "mmadapt.backbones.vit:dinov2_anatomy"
+        )
+        for family, prefix in (
+            ("dinov2", "Dinov2"),
+            ("dinov2_with_registers", "Dinov2WithRegisters"),
+        )
+        for suffix in ("Model", "ForImageClassification")
+    },
+    **{
+        f"transformers.models.bert.modeling_bert.Bert{suffix}": "mmadapt.backbones.bert:bert_anatomy"
+        for suffix in ("Model", "ForSequenceClassification", "ForTokenClassification")
+    },
     "transformers.models.vit.modeling_vit.ViTModel": "mmadapt.backbones.vit:vit_anatomy",
     "transformers.models.vit.modeling_vit.ViTForImageClassification": (
         "mmadapt.backbones.vit:vit_anatomy"
@@ -158,7 +196,11 @@ KNOWN: dict[str, str] = {
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of `model`, by the name of its class or of a class it inherits from."""
+    """The anatomy of `model`, by the name of its class or of a class it inherits from.
+
+    A model of an unknown class gets the generic one of its repeated blocks (`blocks[i]`); without
+    such blocks `BackboneError` says how to name modules by hand.
+    """
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     for name in names:
         if name in KNOWN:
@@ -169,8 +211,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     for entry in entry_points(group="mmadapt.anatomies"):
         if entry.name in names:
             return entry.load()(model)
-    families = sorted({name.rpartition(".")[2] for name in KNOWN})
-    raise BackboneError(
-        f"no anatomy is known for {names[0]}; known classes are {', '.join(families)}",
-        "describe it: mmadapt.Backbone(model=…, anatomy=mmadapt.Anatomy(family=…, spans={…}))",
-    )
+    generic = importlib.import_module("mmadapt.backbones.generic")
+    anatomy = generic.generic_anatomy(model)
+    if anatomy is None:
+        raise generic.no_blocks(model)
+    return anatomy

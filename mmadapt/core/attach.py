@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mmadapt.adapter import Adapter
 from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap, unwrap_model
-from mmadapt.core.compose import Composition, Stack, Sum, compose
+from mmadapt.core.compose import Composition, Sum, compose
 from mmadapt.core.site import select
 from mmadapt.errors import AdapterError, SiteError
 
@@ -56,23 +56,29 @@ def resolve(
         raise SiteError(
             f"at is {at!r}, expected a site pattern or a list of them", "see mmadapt.sites(model)"
         )
-    patterns = adapter.default_sites if at is None else ([at] if isinstance(at, str) else list(at))
+    patterns = adapter.patterns if at is None else ([at] if isinstance(at, str) else list(at))
     if not patterns:
         raise SiteError(
             f"{type(adapter).__name__} was given no site",
             "pass at=, for example at='*.layers[*].mlp'",
         )
     spans = anatomy.roles(model)
-    if at is None:  # defaults name roles of many families; one that is offered is enough
-        patterns = [p for p in patterns if _matches(p, spans)] or patterns
+    if (
+        at is None and adapter.at is None
+    ):  # defaults name roles of many families; one that is offered is enough
+        patterns = [p for p in patterns if _matches(p, spans, adapter.ports)] or patterns
     pairs = select(patterns, spans, adapter.ports)
     return [anatomy.view(model, role, port, spans[role]) for role, port in pairs]
 
 
-def _matches(pattern: str, spans: Any) -> bool:
+def _matches(pattern: str, spans: Any, ports: tuple[str, ...]) -> bool:
+    """Whether `pattern` selects roles, all of which offer a port among `ports`."""
     from mmadapt.core.site import match_roles
 
-    return bool(match_roles(pattern, spans)[0])
+    roles, port = match_roles(pattern, spans)
+    return bool(roles) and all(
+        {port or p for p in ports} & set(spans[role].ports) for role in roles
+    )
 
 
 def as_adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:
@@ -139,11 +145,13 @@ def detach(m: Any, name: str | None = None) -> None:
     Its keys, values, hooks, `requires_grad` and train/eval flags are those before the first attach.
     """
     from mmadapt.core.bank import reset_compiled_code
+    from mmadapt.core.merge import take_out
 
     _, bank = require_bank(m)
     names = list(bank.records) if name is None else [require_name(bank, name, "detach")]
-    rest = tuple(other for other in bank.active.names if other not in names)
-    bank.activate(Stack(*rest) if isinstance(bank.active, Stack) else Sum(*rest))
+    for merged in [other for other in reversed(bank.merged) if other in names]:
+        take_out(bank, merged)
+    bank.activate(bank.active.without(*names))
     for one in names:
         bank.drop(one)
     if bank.records:

@@ -26,6 +26,8 @@ from mmadapt.errors import AttachError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
     from mmadapt.adapter import Adapter
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.site import SiteView
@@ -55,6 +57,8 @@ class Bank(nn.Module):
         self.context = Context()
         self.records: dict[str, Record] = {}
         self.active: Composition = Sum()
+        # merged attachments in order: the parameters they changed, with the originals
+        self.merged: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
         self.hooks: dict[str, SiteHook] = {}
         self.weights: dict[tuple[str, str], WeightHook] = {}
         self.tap_hooks: dict[str, TapHook] = {}
@@ -219,6 +223,11 @@ class Bank(nn.Module):
     def validate(self, composition: Composition) -> None:
         """Refuse names that are not attached and sums that have no meaning."""
         for name in composition.names:
+            if name in self.merged:
+                raise AttachError(
+                    f"{name!r} is merged into the weights and acts already",
+                    f"mmadapt.unmerge(model, {name!r}) first",
+                )
             if name not in self.records:
                 from mmadapt.errors import did_you_mean
 

@@ -17,6 +17,10 @@ class Stack:
         _check(names, "Stack")
         object.__setattr__(self, "names", names)
 
+    def without(self, *names: str) -> Stack:
+        """The same composition without some of its names."""
+        return Stack(*(name for name in self.names if name not in names))
+
     def __repr__(self) -> str:
         return f"Stack({', '.join(map(repr, self.names))})"
 
@@ -30,6 +34,10 @@ class Sum:
     def __init__(self, *names: str) -> None:
         _check(names, "Sum")
         object.__setattr__(self, "names", names)
+
+    def without(self, *names: str) -> Sum:
+        """The same composition without some of its names."""
+        return Sum(*(name for name in self.names if name not in names))
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(map(repr, self.names))})"

@@ -81,6 +81,13 @@ class OutHook(SiteHook):
 
     def run(self, y: Tensor, x: Tensor) -> Tensor:
         """Send y through the plan; also the way to replay a site on cached tensors."""
+        if self.site.span.block[1] > 1:  # layers see and change only their columns of y
+            start, stop = self.site.rows
+            left, own, right = y.split((start, stop - start, y.shape[-1] - stop), dim=-1)
+            return torch.cat((left, self._through(own, x), right), dim=-1)
+        return self._through(y, x)
+
+    def _through(self, y: Tensor, x: Tensor) -> Tensor:
         acc = y
         for layer in self.plan:
             acc = layer.after(acc, acc if self.stack else y, x, self.context, self.site)
@@ -173,6 +180,10 @@ class WeightHook:
         tensors = [self.original, *(p for layer in layers for p in layer.parameters())]
         state = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors if t is not None)
         return (*(id(layer) for layer in layers), *(layer.training for layer in layers), *state)
+
+    def forget(self) -> None:
+        """Drop the effective weight kept between calls."""
+        self._cached = None
 
     def restore(self) -> None:
         """Put the frozen parameter back."""

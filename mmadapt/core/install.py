@@ -20,6 +20,7 @@ from mmadapt.core.bank import (
 )
 from mmadapt.core.compose import Sum
 from mmadapt.core.dispatch import SiteHook, WeightHook
+from mmadapt.core.merge import take_out
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterFileError, AttachError
 
@@ -81,6 +82,8 @@ def install(
         fill(layers, tensors)
     # nothing has been changed up to here, and nothing below can fail for a user's mistake
     if bank is not None and name in bank.records:
+        if name in bank.merged:
+            take_out(bank, name)
         bank.drop(name)
     if bank is None:
         bank = Bank(model, anatomy, entry)
@@ -91,7 +94,7 @@ def install(
         bank.install(site, taps[site.name])
     bank.uninstall_unused()
     bank.watch_first_forward()
-    bank.active = Sum(*(other for other in bank.active.names if other in bank.records))
+    bank.active = bank.active.without(*(set(bank.active.names) - set(bank.records)))
     bank.activate(Sum(name))
     reset_compiled_code()
     return Attachment(model, name)

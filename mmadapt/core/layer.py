@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ class Layer(nn.Module):
     taps: ClassVar[tuple[str, ...]] = ()
     #: whether its output may stand in a sum with others' (a plain `acc + delta`)
     additive: ClassVar[bool] = True
+    #: why it cannot be merged into a weight, shown when `fold` returns None
+    why_not_merge: ClassVar[str] = "it is not a linear change of a weight"
 
     def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
         """Port `in`: the new input, shaped as x."""
@@ -36,6 +39,24 @@ class Layer(nn.Module):
     def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
         """Port `weight`: the effective rows (width, width_in) for this role; `weight` is not changed."""
         raise NotImplementedError(f"{type(self).__name__} has no `weight` port")
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether rows of one batch may choose among layers like this one: `after_rows` is there."""
+        return False
+
+    def after_rows(self, tensors: dict[str, Tensor], acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Port `out` with a row's own parameters: `tensors` holds each as (B, …); zeros mean no change."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be chosen by row")
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, site: SiteView
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The role's rows of the weight and bias with this layer merged in, or None: it cannot be.
+
+        `weight` (width, …) and `bias` (width,) are in the backbone's dtype and are not changed.
+        """
+        return None
 
     def describe(self) -> dict[str, Any]:
         """Numbers worth showing in `inspect`, such as gates; plain floats."""
@@ -58,3 +79,18 @@ def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator) ->
     with torch.no_grad():
         draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
         parameter.copy_((draw * 2 - 1) * bound)
+
+
+def fill_normal(
+    parameter: Tensor, deviation: float, generator: torch.Generator, within: float | None = None
+) -> None:
+    """Draw from N(0, deviation²) on the CPU; `within` so many deviations, by their own quantiles."""
+    shape = parameter.shape
+    with torch.no_grad():
+        if within is None:
+            draw = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        else:
+            edge = math.erf(within / math.sqrt(2))
+            draw = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            draw = torch.erfinv((2 * draw - 1) * edge) * math.sqrt(2)
+        parameter.copy_(draw * deviation)

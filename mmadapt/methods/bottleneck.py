@@ -1,25 +1,37 @@
 """Bottleneck adapters.
 
 Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751
+Pfeiffer et al. 2021, AdapterFusion, arXiv:2005.00247
 He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning, arXiv:2110.04366
+Chen et al. 2022, AdaptFormer, arXiv:2205.13535
+Steitz and Roth 2024, Adapters Strike Back (Adapter+), arXiv:2406.06820
 
     y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential) or x (parallel)
 
-U and both biases start at zero, so that the layer starts as the identity; D is drawn as
-torch's linear layers draw it.
+with a LayerNorm on z or on the change, and s a number, a trained number or one a channel. U and
+both biases start at zero, so that the layer starts as the identity; D is drawn as torch's linear
+layers draw it. The start "houlsby" draws D and U from N(0, 0.01²) within two deviations.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mmadapt.core.layer import Layer, empty, fill_uniform
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
 from mmadapt.errors import AdapterError
-from mmadapt.ops.reference import bottleneck
+from mmadapt.ops.reference import (
+    ACTIVATIONS,
+    bottleneck,
+    by_row,
+    channel_axis,
+    layer_norm,
+    linear_by_row,
+)
 
 if TYPE_CHECKING:
     from mmadapt.adapter import Bottleneck
@@ -28,29 +40,90 @@ if TYPE_CHECKING:
 
 
 class BottleneckLayer(Layer):
-    """Parameters: down (H, C_in), down_bias (H,), up (C, H), up_bias (C,)."""
+    """Parameters: down (H, C_in), down_bias (H,), up (C, H), up_bias (C,).
+
+    With a trained scale also scale () or (C,), with a norm norm_weight and norm_bias.
+    """
+
+    why_not_merge = "an activation stands between its two projections"
 
     def __init__(self, adapter: Bottleneck, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
         self.parallel = adapter.placement == "parallel"
-        self.activation = adapter.activation
-        self.scale = float(adapter.scale)
         if self.parallel and site.span.layout == "BD":
             raise AdapterError(
                 f"a parallel Bottleneck reads the input of {site.name}, which is not made of features",
                 'use placement="sequential" there',
             )
+        self.activation = adapter.activation
+        self.dropout = float(adapter.dropout)
+        self.norm = adapter.norm
+        self.axis = channel_axis(site.span.layout)
         channels = site.width_in if self.parallel else site.width
         self.down = empty(site, adapter.width, channels)
         self.down_bias = empty(site, adapter.width)
         self.up = empty(site, site.width, adapter.width)
         self.up_bias = empty(site, site.width)
-        fill_uniform(self.down, 1 / math.sqrt(channels), generator)
-        for parameter in (self.down_bias, self.up, self.up_bias):
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.down_bias)
+        nn.init.zeros_(self.up_bias)
+        if adapter.start == "houlsby":
+            fill_normal(self.down, 0.01, generator, within=2.0)
+            fill_normal(self.up, 0.01, generator, within=2.0)
+        else:
+            fill_uniform(self.down, 1 / math.sqrt(channels), generator)
+            nn.init.zeros_(self.up)
+        self.scale: Tensor | float = float(adapter.scale)
+        if adapter.scale_kind != "fixed":
+            del self.scale
+            self.scale = empty(site, *(() if adapter.scale_kind == "learned" else (site.width,)))
+            nn.init.constant_(self.scale, adapter.scale)
+        if self.norm != "none":
+            normed = channels if self.norm == "before" else site.width
+            self.norm_weight, self.norm_bias = empty(site, normed), empty(site, normed)
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         z = x if self.parallel else y
-        return acc + bottleneck(
-            z, self.down, self.down_bias, self.up, self.up_bias, self.activation, self.scale
+        if self.axis != -1:
+            z = z.movedim(self.axis, -1)
+        if self.norm == "before":
+            z = layer_norm(z, self.norm_weight, self.norm_bias)
+        delta = bottleneck(
+            z,
+            self.down,
+            self.down_bias,
+            self.up,
+            self.up_bias,
+            self.activation,
+            self.scale,
+            self.dropout if self.training else 0.0,
         )
+        if self.norm == "after":
+            delta = layer_norm(delta, self.norm_weight, self.norm_bias)
+        if self.axis != -1:
+            delta = delta.movedim(-1, self.axis)
+        return acc + (delta if delta.dtype == acc.dtype else delta.to(acc.dtype))
+
+    @property
+    def rowwise(self) -> bool:
+        """Rows may choose among these layers where channels are the last axis and nothing is normed."""
+        return self.axis == -1 and self.norm == "none"
+
+    def after_rows(self, tensors: dict[str, Tensor], acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        t = tensors
+        z = by_row(x if self.parallel else y).to(t["down"].dtype)
+        hidden = ACTIVATIONS[self.activation](linear_by_row(z, t["down"], t["down_bias"]))
+        if self.dropout and self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        delta = linear_by_row(hidden, t["up"], t["up_bias"])
+        if isinstance(self.scale, Tensor):
+            delta = delta * t["scale"].view(len(delta), 1, -1)
+        elif self.scale != 1.0:
+            delta = delta * self.scale
+        return acc + delta.view(acc.shape).to(acc.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        if not isinstance(self.scale, Tensor):
+            return {}
+        return {"scale": float(self.scale.detach().float().mean())}

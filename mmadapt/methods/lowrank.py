@@ -3,20 +3,34 @@
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685
 
     W' = W + s·B·A,   y' = y + s·B·(A·x),   A (R, inputs) random, B (outputs, R) zero, s = alpha / R
+
+Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv:2312.03732
+
+    s = alpha / √R
+
+A convolution's kernel (outputs, inputs, taps …) is such a W with inputs × taps columns: A is then a
+kernel with R outputs and B a convolution of one tap.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from mmadapt.core.layer import Layer, empty, fill_uniform
 from mmadapt.errors import AdapterError
-from mmadapt.ops.reference import low_rank, low_rank_weight
+from mmadapt.ops.reference import (
+    by_row,
+    linear_by_row,
+    low_rank,
+    low_rank_convolution,
+    low_rank_weight,
+)
 
 if TYPE_CHECKING:
     from mmadapt.adapter import LoRA
@@ -25,20 +39,33 @@ if TYPE_CHECKING:
 
 
 class LoRALayer(Layer):
-    """Parameters: a (R, inputs), b (outputs, R); serves a called linear and a weight's rows alike."""
+    """Parameters: a (R, inputs, taps …), b (outputs, R).
+
+    Serves a called linear or convolution and a weight's rows alike.
+    """
 
     def __init__(self, adapter: LoRA, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
-        if not site.parameter:
+        if not site.parameter or site.holder is None:
             raise AdapterError(
                 f"LoRA changes a weight, and {site.name} stands for none",
                 "choose a site such as '*.layers[*].attn.q' or '*.layers[*].mlp.up'",
             )
-        if adapter.rank > min(site.width, site.width_in):
+        kernel = site.holder.get_parameter(site.parameter).shape
+        if len(kernel) < 2:
+            raise AdapterError(
+                f"LoRA changes a matrix, and {site.name} stands for a vector of {kernel.numel()}",
+                "mmadapt.Unlock trains vectors",
+            )
+        self.convolution = isinstance(site.holder, _ConvNd)
+        if self.convolution:
+            _check_convolution(site)
+        inputs = kernel[1:].numel()
+        if adapter.rank > min(site.width, inputs):
             raise AdapterError(
                 f"LoRA rank {adapter.rank} exceeds the weight at {site.name}, which is "
-                f"{site.width} × {site.width_in}",
-                f"use a rank of at most {min(site.width, site.width_in)}",
+                f"{site.width} × {inputs}",
+                f"use a rank of at most {min(site.width, inputs)}",
             )
         if adapter.dropout and site.port == "weight":
             raise AdapterError(
@@ -47,15 +74,58 @@ class LoRALayer(Layer):
             )
         self.scale = float(adapter.scale)
         self.dropout = float(adapter.dropout)
-        self.a = empty(site, adapter.rank, site.width_in)
+        self.a = empty(site, adapter.rank, *kernel[1:])
         self.b = empty(site, site.width, adapter.rank)
-        fill_uniform(self.a, 1 / math.sqrt(site.width_in), generator)  # as PEFT and the authors do
+        fill_uniform(self.a, 1 / math.sqrt(inputs), generator)  # as PEFT and the authors do
         nn.init.zeros_(self.b)
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return acc + low_rank(x, self.a, self.b, self.scale)
+        if not self.convolution:
+            return acc + low_rank(x, self.a, self.b, self.scale)
+        module: Any = site.holder
+        return acc + low_rank_convolution(
+            x, self.a, self.b, self.scale, module.stride, module.padding, module.dilation
+        )
+
+    @property
+    def rowwise(self) -> bool:
+        """Rows may choose among linear layers; a convolution has one kernel for the whole batch."""
+        return not self.convolution
+
+    def after_rows(self, tensors: dict[str, Tensor], acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        a, b = tensors["a"], tensors["b"]
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        delta = linear_by_row(linear_by_row(by_row(x).to(a.dtype), a), b) * self.scale
+        return acc + delta.view(acc.shape).to(acc.dtype)
 
     def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
         return low_rank_weight(weight, self.a, self.b, self.scale)
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, site: SiteView
+    ) -> tuple[Tensor, Tensor | None] | None:
+        return low_rank_weight(weight, self.a, self.b, self.scale), bias
+
+
+def _check_convolution(site: SiteView) -> None:
+    module: Any = site.holder
+    if module.transposed:
+        raise AdapterError(
+            f"LoRA has no form for the transposed convolution at {site.name}: its kernel's rows are "
+            "inputs"
+        )
+    if module.groups > 1:
+        raise AdapterError(
+            f"LoRA at {site.name} would mix the {module.groups} groups of its convolution, which "
+            "see different channels",
+            "choose a convolution with groups=1",
+        )
+    if site.port == "out" and module.padding_mode != "zeros":
+        raise AdapterError(
+            f"LoRA at {site.name} pads with zeros, and the convolution pads in mode "
+            f"{module.padding_mode!r}",
+            f"use the `weight` port: at={site.role + ':weight'!r}",
+        )

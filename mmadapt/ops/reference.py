@@ -6,7 +6,11 @@ dtype than the parameters are computed in the parameters' dtype and returned in 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +22,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def gelu_new(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, as BERT's first code and the T5 family have it."""
+    return F.gelu(x, approximate="tanh")
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -25,11 +34,17 @@ def _identity(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_new": gelu_new,
     "quick_gelu": quick_gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
     "identity": _identity,
 }
+
+
+def channel_axis(layout: str) -> int:
+    """Where the channels are in a tensor of this layout: 1 where they lead (BCHW), else −1."""
+    return 1 if layout.startswith("BC") and len(layout) > 2 else -1
 
 
 def bottleneck(
@@ -39,16 +54,31 @@ def bottleneck(
     up: Tensor,  # (C, H)
     up_bias: Tensor | None,  # (C,)
     activation: str,
-    scale: float,
+    scale: Tensor | float,  # a number, () or (C,)
+    dropout: float = 0.0,
 ) -> Tensor:
-    """scale · (act(z·downᵀ + down_bias)·upᵀ + up_bias), shaped as z."""
+    """scale · (dropout(act(z·downᵀ + down_bias))·upᵀ + up_bias), shaped as z.
+
+    A `dropout` other than 0 always acts: training is the caller's business.
+    """
     dtype = z.dtype
     if dtype != down.dtype and not torch.is_autocast_enabled(z.device.type):
         z = z.to(down.dtype)
-    delta = F.linear(ACTIVATIONS[activation](F.linear(z, down, down_bias)), up, up_bias)
-    if scale != 1.0:
+    hidden = ACTIVATIONS[activation](F.linear(z, down, down_bias))
+    if dropout:
+        hidden = F.dropout(hidden, dropout)
+    delta = F.linear(hidden, up, up_bias)
+    if isinstance(scale, Tensor) or scale != 1.0:
         delta = delta * scale
     return delta if delta.dtype == dtype else delta.to(dtype)
+
+
+def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Zero mean and unit variance over the last axis (…, C), times weight (C,), plus bias (C,).
+
+    Returned in the parameters' dtype, since it stands inside a layer.
+    """
+    return F.layer_norm(z.to(weight.dtype), weight.shape, weight, bias)
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -63,10 +93,88 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def low_rank_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight + scale · b·a for weight (O, C), a (R, C), b (O, R)."""
+    """weight + scale · b·a for weight (O, …), a (R, …) with the same trailing axes, b (O, R)."""
+    if weight.ndim > 2:
+        return low_rank_weight(weight.flatten(1), a.flatten(1), b, scale).view_as(weight)
     if weight.dtype == a.dtype:
         return torch.addmm(weight, b, a, alpha=scale)
     return (weight.to(a.dtype) + scale * (b @ a)).to(weight.dtype)
+
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def low_rank_convolution(
+    x: Tensor,  # (B, I, …)
+    a: Tensor,  # (R, I, taps …)
+    b: Tensor,  # (O, R)
+    scale: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+) -> Tensor:
+    """scale · what the kernel Σ_r b[:, r]·a[r] makes of x, (B, O, …)."""
+    dtype = x.dtype
+    if dtype != a.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(a.dtype)
+    convolve = _CONVOLUTIONS[a.ndim]
+    hidden = convolve(x, a, None, stride, padding, dilation)
+    delta = scale * convolve(hidden, b.view(*b.shape, *(1 for _ in a.shape[2:])))
+    return delta if delta.dtype == dtype else delta.to(dtype)
+
+
+def scale_shift(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """y · scale + shift in y's dtype, for scale and shift that broadcast over y."""
+    changed = y.to(scale.dtype) * scale + shift
+    return changed if changed.dtype == y.dtype else changed.to(y.dtype)
+
+
+def directed_shift(z: Tensor, gate: Tensor, gate_bias: Tensor, direction: Tensor) -> Tensor:
+    """(z·gate + gate_bias)·direction for z (…, I), gate (I,), gate_bias (), direction (O,)."""
+    dtype = z.dtype
+    if dtype != gate.dtype and not torch.is_autocast_enabled(z.device.type):
+        z = z.to(gate.dtype)
+    amount = F.linear(z, gate[None]) + gate_bias  # (…, 1)
+    return (amount * direction).to(dtype)
+
+
+def kronecker_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_i a_i ⊗ b_i, (P·R, Q·S), for a (N, P, Q) and b (N, R, S)."""
+    blocks = torch.einsum("npq,nrs->prqs", a, b)
+    return blocks.reshape(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
+
+
+@functools.cache
+def normal_codes(bits: int) -> tuple[float, ...]:
+    """2^bits codes for a standard normal variable, ascending.
+
+    Each is the median of the values nearer to it than to any other, which makes the mean absolute
+    error least: ±0.6745 for one bit, ±0.3778 and ±1.2657 for two.
+    """
+    normal, count = statistics.NormalDist(), 2**bits
+    codes = [normal.inv_cdf((i + 0.5) / count) for i in range(count)]
+    change = 1.0
+    while change > 1e-12:
+        edges = [normal.cdf((low + high) / 2) for low, high in itertools.pairwise(codes)]
+        bounds = [0.0, *edges, 1.0]
+        medians = [normal.inv_cdf((p + q) / 2) for p, q in itertools.pairwise(bounds)]
+        change = max(abs(new - old) for new, old in zip(medians, codes, strict=True))
+        codes = medians
+    return tuple(codes)
+
+
+def low_bit(weight: Tensor, codes: tuple[float, ...]) -> Tensor:
+    """`weight` with as many values as there are `codes`: its standardised elements at the nearest.
+
+    The gradient takes the choice of the code for the identity, and goes through mean and deviation.
+    """
+    mean, deviation = weight.mean(), weight.std()
+    standard = (weight - mean) / (deviation + 1e-5)
+    with torch.no_grad():
+        code = torch.full_like(standard, codes[0])
+        for low, high in itertools.pairwise(codes):
+            code = torch.where(standard > (low + high) / 2, high, code)
+    return (standard + (code - standard).detach()) * deviation + mean
 
 
 def clip_adapter(features: Tensor, first: Tensor, second: Tensor, ratio: Tensor | float) -> Tensor:
@@ -93,3 +201,15 @@ def cache_votes(
     affinity = affinity * filled.to(affinity.dtype)
     votes = affinity.new_zeros(affinity.shape[0], classes)
     return votes.index_add(1, labels.clamp(min=0), affinity).to(features.dtype)
+
+
+def by_row(z: Tensor) -> Tensor:
+    """z (B, …, C) as (B, N, C), so that a batch of matrices can act on the rows of the batch."""
+    return z.reshape(z.shape[0], -1, z.shape[-1])
+
+
+def linear_by_row(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """z (B, N, C), weight (B, O, C), bias (B, O): every row of the batch with its own linear layer."""
+    if bias is None:
+        return torch.bmm(z, weight.transpose(1, 2))
+    return torch.baddbmm(bias.unsqueeze(1), z, weight.transpose(1, 2))

@@ -1,0 +1,83 @@
+"""Roles of residual blocks that several families share."""
+
+from __future__ import annotations
+
+from mmadapt.core.site import Span
+
+
+def linear(path: str) -> Span:
+    """A linear layer that is called: its input, its output and its weight can be met."""
+    return Span(path, ("out", "in", "weight"), x="0|input", weight=f"{path}.weight")
+
+
+def linears(prefix: str, path: str, names: dict[str, str]) -> dict[str, Span]:
+    """`linear` for each role word and module name, below the role `prefix` and the module `path`."""
+    return {f"{prefix}.{word}": linear(f"{path}.{name}") for word, name in names.items()}
+
+
+def logits(path: str, layout: str = "BK") -> Span:
+    """A linear classifier: features in, one value per class out."""
+    return Span(
+        path,
+        x="0|input",
+        channels=f"{path}.weight@0",
+        channels_in=f"{path}.weight@1",
+        layout=layout,
+    )
+
+
+def hf_layers(tower: str, path: str) -> dict[str, Span]:
+    """Pre-norm blocks of transformers' CLIP and SigLIP: four called projections, fc1 and fc2."""
+    block, role = path + ".{i}", f"{tower}.layers[i]"
+    channels = f"{block}.layer_norm1.weight"
+    projections = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+    return {
+        role: Span(block, channels=channels),
+        f"{role}.attn": Span(f"{block}.self_attn", channels=channels),
+        **linears(f"{role}.attn", f"{block}.self_attn", projections),
+        f"{role}.mlp": Span(f"{block}.mlp", channels=channels),
+        **linears(f"{role}.mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+    }
+
+
+def timm_layers(tower: str, path: str) -> dict[str, Span]:
+    """Pre-norm blocks of timm's vision transformers.
+
+    q, k and v share one called linear, `attn.qkv`: each is a third of its output columns.
+    """
+    block, role = path + ".{i}", f"{tower}.layers[i]"
+    channels = f"{block}.norm1.weight"
+    fused = f"{block}.attn.qkv"
+    spans = {
+        role: Span(block, x="0|x", channels=channels),
+        f"{role}.attn": Span(f"{block}.attn", x="0|x", channels=channels),
+    }
+    for place, word in enumerate("qkv"):
+        spans[f"{role}.attn.{word}"] = Span(
+            fused, ("out", "weight"), x="0|input", weight=f"{fused}.weight", block=(place, 3)
+        )
+    return {
+        **spans,
+        f"{role}.attn.o": linear(f"{block}.attn.proj"),
+        f"{role}.mlp": Span(f"{block}.mlp", x="0|x", channels=channels),
+        **linears(f"{role}.mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+    }
+
+
+def norm_taps(tower: str, path: str, first: str, second: str) -> dict[str, str]:
+    """The taps `norm1` and `norm2` of every block."""
+    return {
+        f"{tower}.layers[i].norm1": f"{path}.{{i}}.{first}:out",
+        f"{tower}.layers[i].norm2": f"{path}.{{i}}.{second}:out",
+    }
+
+
+def activation_name(module: object) -> str:
+    """One name for the same activation in every library: gelu, gelu_tanh, quick_gelu, relu …"""
+    name = type(module).__name__.lower()
+    if "quick" in name:
+        return "quick_gelu"
+    if "gelu" in name:
+        tanh = "tanh" in name or getattr(module, "approximate", "none") == "tanh"
+        return "gelu_tanh" if tanh else "gelu"
+    return name

@@ -1,0 +1,87 @@
+"""SigLIP of transformers: two towers named as CLIP's; the image is pooled by attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.backbones.blocks import hf_layers, logits, norm_taps
+from mmadapt.backbones.clip import hf_image, hf_text
+from mmadapt.core.anatomy import Anatomy
+from mmadapt.core.site import Span
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def siglip_anatomy(model: nn.Module) -> Anatomy:
+    """`transformers.SiglipModel`."""
+    vision = "vision_model.encoder.layers"
+    text = "text_model.encoder.layers"
+    return Anatomy(
+        family="siglip",
+        spans={
+            **hf_layers("vision", vision),
+            "vision.pooled": _pooled("vision_model.head"),
+            **hf_layers("text", text),
+            "text.pooled": Span(
+                "text_model.head", x="0|input", channels="text_model.head.weight", layout="BD"
+            ),
+        },
+        towers={"vision": "vision_model", "text": "text_model"},
+        taps={
+            **norm_taps("vision", vision, "layer_norm1", "layer_norm2"),
+            **norm_taps("text", text, "layer_norm1", "layer_norm2"),
+        },
+        facts=_facts,
+        encode={"image": hf_image, "text": hf_text},
+    )
+
+
+def siglip_vision_anatomy(model: nn.Module) -> Anatomy:
+    """`transformers.SiglipVisionModel` and `SiglipForImageClassification`."""
+    inner = "vision_model." if hasattr(model, "vision_model") else ""
+    layers = f"{inner}encoder.layers"
+    classifies = hasattr(model, "classifier")
+    return Anatomy(
+        family="siglip-vision",
+        spans={
+            **hf_layers("vision", layers),
+            "vision.pooled": _pooled(f"{inner}head"),
+            "logits": logits("classifier"),
+        },
+        towers={"vision": inner.rstrip(".")},
+        taps=norm_taps("vision", layers, "layer_norm1", "layer_norm2"),
+        facts=_vision_facts,
+        encode={} if classifies else {"image": _pool},
+    )
+
+
+def _pooled(head: str) -> Span:
+    return Span(head, x="0|hidden_state", channels=f"{head}.layernorm.weight", layout="BD")
+
+
+def _pool(model: Any, pixels: Tensor) -> Tensor:
+    return model(pixel_values=pixels).pooler_output
+
+
+def _vision_facts(model: Any) -> dict[str, Any]:
+    config = getattr(model.config, "vision_config", model.config)
+    return {
+        "image": config.image_size,
+        "patch": config.patch_size,
+        "vision_layers": config.num_hidden_layers,
+        "vision_width": config.hidden_size,
+        "activation": config.hidden_act,
+        "classes": model.config.num_labels if hasattr(model, "classifier") else None,
+    }
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    text = model.config.text_config
+    return {
+        **_vision_facts(model),
+        "text_layers": text.num_hidden_layers,
+        "text_width": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "context": text.max_position_embeddings,
+    }

@@ -1,0 +1,135 @@
+"""Adapter choice per row: one batch in which every row has its own adapter, or none.
+
+The layers of all chosen attachments at a site are stacked, each row picks its own, and the products
+are batched. It trains as well as it predicts: gradients reach just the layers that rows picked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmadapt.core.attached import require_bank
+from mmadapt.core.compose import Sum
+from mmadapt.errors import AttachError, CheckError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmadapt.core.bank import Bank
+    from mmadapt.core.context import Context
+    from mmadapt.core.dispatch import SiteHook
+    from mmadapt.core.layer import Layer
+    from mmadapt.core.site import SiteView
+
+
+@contextlib.contextmanager
+def context(m: Any, *, rows: Sequence[str | None]) -> Iterator[Any]:
+    """Inside the block, row i of every batch runs with the attachment `rows[i]`, or bare for None.
+
+    All attachments named must be alike (one adapter, equal hyper-parameters) and stand at `out`
+    sites; a `weight` site has one weight for the whole batch. What was active is active again
+    afterwards.
+
+        with mm.context(model, rows=["french", None, "german"]):
+            model(batch_of_three)
+    """
+    _, bank = require_bank(m)
+    rows = list(rows)
+    names = tuple(dict.fromkeys(name for name in rows if name is not None))
+    if not rows:
+        raise AttachError(
+            "rows is empty", "name an attachment, or None, for every row of the batch"
+        )
+    bank.validate(Sum(*names))
+    plans = {hook: _row_plan(bank, hook, rows, names) for hook in bank.hooks.values()}
+    before = bank.active
+    acting = any(hook.plan for hook in bank.hooks.values())  # False within `disabled`
+    bank.activate(Sum(*names))
+    for hook, plan in plans.items():
+        hook.plan = (plan,) if plan is not None else ()  # type: ignore[assignment]
+    try:
+        yield m
+    finally:
+        bank.activate(before)
+        if not acting:
+            bank.plans(Sum())
+
+
+def _row_plan(
+    bank: Bank, hook: SiteHook, rows: list[str | None], names: tuple[str, ...]
+) -> RowPlan | None:
+    site = hook.site.name
+    here = [name for name in names if site in bank.records[name].layers]
+    if not here:
+        return None
+    layers = [bank.records[name].layers[site] for name in here]
+    if hook.site.port != "out":
+        raise AttachError(
+            f"rows of one batch cannot differ at {site}: a call has one weight for all of them"
+            if hook.site.port == "weight"
+            else f"rows of one batch cannot differ at the `in` port of {site}",
+            "use `out` sites, such as '*.layers[*].mlp', or split the batch by adapter",
+        )
+    adapters = [_adapter_at(bank, name, site) for name in here]
+    if any(len(several) != 1 for several in layers) or any(a != adapters[0] for a in adapters):
+        raise AttachError(
+            f"rows cannot choose between {', '.join(map(repr, here))} at {site}: their adapters differ",
+            "choose among attachments with one adapter and equal hyper-parameters, or split the batch",
+        )
+    if not layers[0][0].rowwise:
+        raise AttachError(
+            f"{type(layers[0][0]).__name__} at {site} cannot be chosen by row", "split the batch"
+        )
+    return RowPlan([several[0] for several in layers], [_place(here, name) for name in rows])
+
+
+def _adapter_at(bank: Bank, name: str, site: str) -> Any:
+    record = bank.records[name]
+    return [a for a, sites in zip(record.adapters, record.sites, strict=True) if site in sites]
+
+
+def _place(here: list[str], name: str | None) -> int:
+    """The slot of a row; rows without an adapter here take the last one, which is all zeros."""
+    return here.index(name) if name in here else len(here)
+
+
+class RowPlan:
+    """Stands in a hook's plan for several alike layers, of which each row picks one."""
+
+    taps: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, layers: list[Layer], slots: list[int]) -> None:
+        self.layers = layers
+        self.slots = slots
+        self._kept: tuple[tuple, dict[str, Tensor]] | None = None
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        """acc + each row's own change."""
+        if acc.shape[0] != len(self.slots):
+            raise CheckError(
+                f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.slots)}",
+                "name one attachment, or None, for every row of the batch",
+            )
+        return self.layers[0].after_rows(self.picked(), acc, y, x)
+
+    def picked(self) -> dict[str, Tensor]:
+        """Every parameter with a row axis in front, (B, …); kept between calls without gradients."""
+        import torch
+
+        # layers hold flat parameters, and reading the table itself is what this can afford
+        tensors: list[Any] = [layer._parameters for layer in self.layers]
+        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        key = (
+            tuple([(id(t), t._version) for each in tensors for t in each.values()]) if keep else ()
+        )
+        if keep and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        found = {}
+        for name, first in tensors[0].items():
+            stacked = torch.stack([*(each[name] for each in tensors), torch.zeros_like(first)])
+            slots = torch.tensor(self.slots, device=first.device)
+            found[name] = stacked.index_select(0, slots)
+        self._kept = (key, found) if keep else None
+        return found

@@ -1,0 +1,83 @@
+"""Scales and shifts of a site's output.
+
+Lian et al. 2022, Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning,
+arXiv:2210.08823
+
+    y' = γ ⊙ y + β,   behind a linear or norm: W' = γ ⊙ W, b' = γ ⊙ b + β
+
+Fu et al. 2022, AdapterBias: Parameter-efficient Token-dependent Representation Shift for Adapters in
+NLP Tasks, arXiv:2205.00305
+
+    y' = y + (w·z + b)·v,   z: input of the MLP's second linear, v zero at the start
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.errors import AdapterError
+from mmadapt.ops.reference import channel_axis, directed_shift, scale_shift
+
+if TYPE_CHECKING:
+    from mmadapt.adapter import AdapterBias, ScaleShift
+    from mmadapt.core.context import Context
+    from mmadapt.core.site import SiteView
+
+
+class ScaleShiftLayer(Layer):
+    """Parameters: scale (C,), shift (C,)."""
+
+    additive = False
+
+    def __init__(self, adapter: ScaleShift, site: SiteView, generator: torch.Generator) -> None:
+        super().__init__()
+        trailing = len(site.span.layout) - 2 if channel_axis(site.span.layout) == 1 else 0
+        self.shape = (-1, *(1 for _ in range(trailing)))  # how γ lies along the channels of y
+        self.scale, self.shift = empty(site, site.width), empty(site, site.width)
+        nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.shift)
+        if adapter.start == "published":
+            fill_normal(self.scale, 0.02, generator)
+            fill_normal(self.shift, 0.02, generator)
+        with torch.no_grad():
+            self.scale += 1
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        return scale_shift(y, self.scale.view(self.shape), self.shift.view(self.shape))
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, site: SiteView
+    ) -> tuple[Tensor, Tensor | None] | None:
+        rows = self.scale.view(-1, *(1 for _ in weight.shape[1:]))
+        changed = (weight.to(rows.dtype) * rows).to(weight.dtype)
+        if bias is None:
+            return changed, self.shift.to(weight.dtype)
+        return changed, scale_shift(bias, self.scale, self.shift)
+
+
+class AdapterBiasLayer(Layer):
+    """Parameters: gate (I,), gate_bias (), direction (O,)."""
+
+    why_not_merge = "its shift depends on the token"
+
+    def __init__(self, adapter: AdapterBias, site: SiteView, generator: torch.Generator) -> None:
+        super().__init__()
+        if site.span.layout == "BD" or channel_axis(site.span.layout) != -1:
+            raise AdapterError(
+                f"AdapterBias reads features along the last axis of the input, which {site.name} "
+                "does not have",
+                "choose a site such as '*.layers[*].mlp.down'",
+            )
+        self.gate, self.gate_bias = empty(site, site.width_in), empty(site)
+        self.direction = empty(site, site.width)
+        fill_uniform(self.gate, 1 / math.sqrt(site.width_in), generator)
+        fill_uniform(self.gate_bias, 1 / math.sqrt(site.width_in), generator)
+        nn.init.zeros_(self.direction)
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        return acc + directed_shift(x, self.gate, self.gate_bias, self.direction)

@@ -1,0 +1,67 @@
+"""Compacter.
+
+Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers,
+arXiv:2106.04647
+
+    y + act(y·W_d + b_d)·W_u + b_u,   W = Σ_i A_i ⊗ (s_i·t_iᵀ),   i = 1 … n
+
+A_i (n, n) belong to both projections of a site. Drawn as published: A from N(0, 0.01²), s and t from
+Glorot's uniform with gain √2; the default start sets t of W_u to zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.errors import AdapterError
+from mmadapt.ops.reference import bottleneck, channel_axis, kronecker_sum
+
+if TYPE_CHECKING:
+    from mmadapt.adapter import Compacter
+    from mmadapt.core.context import Context
+    from mmadapt.core.site import SiteView
+
+
+class CompacterLayer(Layer):
+    """Parameters: rule (n, n, n); down_s (n, C/n), down_t (n, H/n), up_s (n, H/n), up_t (n, C/n);
+    down_bias (H,), up_bias (C,).
+    """
+
+    why_not_merge = "an activation stands between its two projections"
+
+    def __init__(self, adapter: Compacter, site: SiteView, generator: torch.Generator) -> None:
+        super().__init__()
+        n, width = adapter.division, adapter.width
+        if site.width % n:
+            raise AdapterError(
+                f"Compacter: division {n} does not divide the {site.width} channels at {site.name}"
+            )
+        self.activation = adapter.activation
+        self.axis = channel_axis(site.span.layout)
+        self.rule = empty(site, n, n, n)
+        self.down_s, self.down_t = empty(site, n, site.width // n), empty(site, n, width // n)
+        self.up_s, self.up_t = empty(site, n, width // n), empty(site, n, site.width // n)
+        self.down_bias, self.up_bias = empty(site, width), empty(site, site.width)
+        fill_normal(self.rule, 0.01, generator)
+        for factor in (self.down_s, self.down_t, self.up_s, self.up_t):
+            fill_uniform(factor, math.sqrt(2 * 6 / (factor.shape[1] + 1)), generator)
+        if adapter.start == "zero":
+            nn.init.zeros_(self.up_t)
+        nn.init.zeros_(self.down_bias)
+        nn.init.zeros_(self.up_bias)
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        down = self._projection(self.down_s, self.down_t)  # (C, H)
+        up = self._projection(self.up_s, self.up_t)  # (H, C)
+        z = y if self.axis == -1 else y.movedim(self.axis, -1)
+        delta = bottleneck(z, down.T, self.down_bias, up.T, self.up_bias, self.activation, 1.0)
+        return acc + (delta if self.axis == -1 else delta.movedim(-1, self.axis))
+
+    def _projection(self, s: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(s.device.type, enabled=False):
+            return kronecker_sum(self.rule, s[:, :, None] * t[:, None, :])

@@ -1,0 +1,340 @@
+"""Backbone families: what their tables say is what the real modules do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backbones import BACKBONES, CLASSES, WIDTH
+from snapshot import assert_close, assert_equal, randomise
+from torch import Tensor, nn
+
+import mmadapt as mm
+from mmadapt.core.anatomy import find_anatomy
+
+FAMILIES = {
+    "timm_vit": "timm-vit",
+    "open_clip_timm": "clip",
+    "hf_siglip": "siglip",
+    "hf_siglip_vision": "siglip-vision",
+    "hf_dinov2": "dinov2",
+    "hf_dinov2_registers": "dinov2",
+    "hf_bert": "bert",
+    "hf_bert_classifier": "bert",
+    "timm_swin": "generic",
+    "own_transformer": "generic",
+}
+
+#: roles that every tower of transformer blocks has
+BLOCK = ("", ".attn", ".attn.q", ".attn.k", ".attn.v", ".attn.o", ".mlp", ".mlp.up", ".mlp.down")
+
+
+def outputs(name: str, model: Any) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return BACKBONES[name].outputs(model)
+
+
+def differences(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_family_is_found_by_the_class(name: str) -> None:
+    assert BACKBONES[name].family == FAMILIES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "towers"),
+    [
+        ("timm_vit", ("vision",)),
+        ("open_clip_timm", ("vision", "text")),
+        ("hf_siglip", ("vision", "text")),
+        ("hf_siglip_vision", ("vision",)),
+        ("hf_dinov2", ("vision",)),
+        ("hf_dinov2_registers", ("vision",)),
+        ("hf_bert", ("text",)),
+        ("hf_bert_classifier", ("text",)),
+    ],
+)
+def test_every_block_has_the_same_roles_in_every_family(name: str, towers: tuple[str, ...]) -> None:
+    model = BACKBONES[name].fresh()
+    roles = set(find_anatomy(model).roles(model))
+    expected = {f"{t}.layers[{i}]{role}" for t in towers for i in range(2) for role in BLOCK}
+    assert expected <= roles
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> None:
+    """A pre-hook and a hook on the role's own module see tensors as wide as the site claims."""
+    model = BACKBONES[name].fresh()
+    anatomy = find_anatomy(model)
+    roles = anatomy.roles(model)
+    seen: dict[str, tuple[Any, Any, Any]] = {}
+    for path in {span.module for span in roles.values()}:
+        model.get_submodule(path).register_forward_hook(
+            lambda module, args, kwargs, output, path=path: seen.update(
+                {path: (args, kwargs, output)}
+            ),
+            with_kwargs=True,
+        )
+    outputs(name, model)
+    for role, span in roles.items():
+        assert span.module in seen, role
+        args, kwargs, output = seen[span.module]
+        view = anatomy.view(model, role, span.ports[0], span)
+        if "out" not in span.ports:
+            continue
+        y = output if isinstance(output, Tensor) else output[span.y]
+        assert y.shape[-1] == view.width * span.block[1], role
+        position, bar, keyword = span.x.partition("|")
+        if bar and span.layout != "BD":  # pooled features come from pixels or tokens
+            x = args[int(position)] if len(args) > int(position) else kwargs[keyword]
+            assert x.shape[-1] == view.width_in, role
+    for index in range(2):
+        for template in anatomy.taps.values():
+            path = template.replace("{i}", str(index)).partition(":")[0]
+            assert isinstance(model.get_submodule(path), nn.LayerNorm)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_facts_are_plain_and_the_same_while_something_is_attached(name: str) -> None:
+    import json
+
+    model = BACKBONES[name].fresh()
+    facts = find_anatomy(model).facts
+    assert facts is not None
+    before = facts(model)
+    assert json.loads(json.dumps(before)) == before
+    mm.attach(model, mm.Bottleneck(2))
+    assert facts(model) == before
+
+
+# -- fused rows -----------------------------------------------------------------------------------
+
+
+def folded(model: nn.Module, attachment: Any) -> nn.Module:
+    """A bare copy's weights plus B·A of every LoRA, row block by row block."""
+    with torch.no_grad():
+        for (role, word), layer in _loras(attachment).items():
+            index = int(role.partition("[")[2].rstrip("]"))
+            start = "qkv".index(word) * WIDTH
+            weight = model.get_submodule(f"blocks.{index}.attn.qkv").weight
+            weight[start : start + WIDTH] += layer.scale * (layer.b @ layer.a)
+    return model
+
+
+def _loras(attachment: Any) -> dict[tuple[str, str], Any]:
+    found = {}
+    for key, layer in attachment.layers.items():
+        role = key.partition("/")[2].partition(":")[0]
+        block, _, word = role.rpartition(".attn.")
+        found[block, word] = layer
+    return found
+
+
+@pytest.mark.parametrize("port", ["out", "weight"])
+def test_lora_on_q_and_v_of_a_fused_linear_equals_folded_weights(port: str) -> None:
+    tiny = BACKBONES["timm_vit"]
+    model = tiny.fresh()
+    at = [f"vision.layers[*].attn.{word}:{port}" for word in "qv"]
+    attachment = randomise(mm.attach(model, mm.LoRA(3, alpha=6.0), at=at), 0.3, 5)
+    assert len(attachment.sites) == 4
+    expected = outputs("timm_vit", folded(tiny.fresh(), attachment))
+    assert differences(outputs("timm_vit", tiny.fresh()), expected) > 1e-2
+    assert_close(outputs("timm_vit", model), expected, 1e-6)
+
+
+def test_sites_that_share_a_fused_linear_start_as_the_identity_together() -> None:
+    tiny = BACKBONES["timm_vit"]
+    model = tiny.fresh()
+    bare = outputs("timm_vit", tiny.fresh().requires_grad_(False))
+    mm.attach(model, mm.LoRA(3), at="vision.layers[*].attn.*:out", name="lora")
+    assert_equal(outputs("timm_vit", model), bare)
+    mm.attach(model, mm.Bottleneck(3), at="vision.layers[*].attn.k", name="k")
+    mm.set_active(model, "lora", "k")
+    assert_equal(outputs("timm_vit", model), bare)
+
+
+def test_a_layer_at_a_share_sees_and_changes_only_its_columns() -> None:
+    tiny = BACKBONES["timm_vit"]
+    model = tiny.fresh()
+    randomise(mm.attach(model, mm.Bottleneck(3), at="vision.layers[0].attn.k"), 0.3, 5)
+    linear: Any = model.get_submodule("blocks.0.attn.qkv")
+    x = torch.randn(2, 4, WIDTH)
+    with torch.no_grad():
+        adapted = linear(x)
+        mm.set_active(model)
+        bare = linear(x)
+    changed = (adapted != bare).flatten(0, 1).any(dim=0)
+    assert changed[WIDTH : 2 * WIDTH].all()
+    assert not changed[:WIDTH].any()
+    assert not changed[2 * WIDTH :].any()
+
+
+def test_shares_stack_and_sum_as_whole_outputs_do() -> None:
+    tiny = BACKBONES["timm_vit"]
+    alone = []
+    for seed, word in ((1, "q"), (2, "v")):
+        model = tiny.fresh()
+        at = f"vision.layers[0].attn.{word}"
+        randomise(mm.attach(model, mm.LoRA(2), at=at, name=word), 0.3, seed)
+        alone.append(model)
+    both = tiny.fresh()
+    for seed, word in ((1, "q"), (2, "v")):
+        at = f"vision.layers[0].attn.{word}"
+        randomise(mm.attach(both, mm.LoRA(2), at=at, name=word), 0.3, seed)
+    x = torch.randn(2, 4, WIDTH)
+    with torch.no_grad():
+        q, v = (m.get_submodule("blocks.0.attn.qkv")(x) for m in alone)
+        for composition in (("q", "v"), (mm.Stack("v", "q"),)):
+            mm.set_active(both, *composition)
+            found: Any = both.get_submodule("blocks.0.attn.qkv")(x)
+            assert torch.equal(found[..., :WIDTH], q[..., :WIDTH])
+            assert torch.equal(found[..., 2 * WIDTH :], v[..., 2 * WIDTH :])
+
+
+# -- post-norm blocks -------------------------------------------------------------------------------
+
+
+class _Houlsby(nn.Module):
+    """Houlsby et al. 2019 by hand: an adapter before the sum of a post-norm block."""
+
+    def __init__(self, output: nn.Module, layer: Any) -> None:
+        super().__init__()
+        self.output: Any = output
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        y = self.output.dense(hidden_states)
+        inner = nn.functional.gelu(y @ self.layer.down.T + self.layer.down_bias)
+        y = y + inner @ self.layer.up.T + self.layer.up_bias
+        return self.output.LayerNorm(y + input_tensor)
+
+
+def test_berts_branches_are_met_where_houlsby_puts_adapters() -> None:
+    tiny = BACKBONES["hf_bert"]
+    model = tiny.fresh()
+    at = ["text.layers[*].attn", "text.layers[*].mlp"]
+    attachment = randomise(mm.attach(model, mm.Bottleneck(4), at=at), 0.3, 5)
+    straight: Any = tiny.fresh()
+    for key, layer in attachment.layers.items():
+        index = int(key.partition("[")[2].partition("]")[0])
+        block = straight.encoder.layer[index]
+        holder = block.attention if key.endswith(".attn:out") else block
+        holder.output = _Houlsby(holder.output, layer)
+    expected = outputs("hf_bert", straight)
+    assert differences(outputs("hf_bert", tiny.fresh()), expected) > 1e-2
+    assert_close(outputs("hf_bert", model), expected, 1e-6)
+
+
+def test_a_parallel_adapter_at_berts_mlp_reads_what_the_mlp_reads() -> None:
+    tiny = BACKBONES["hf_bert"]
+    model: Any = tiny.fresh()
+    adapter = mm.Bottleneck(4, placement="parallel")
+    attachment = randomise(mm.attach(model, adapter, at="text.layers[0].mlp"), 0.3, 5)
+    layer: Any = next(iter(attachment.layers.values()))
+    assert layer.down.shape == (4, WIDTH)
+    caught: dict[str, Tensor] = {}
+    block = model.encoder.layer[0]
+    block.intermediate.register_forward_pre_hook(lambda m, args: caught.update(x=args[0]))
+    block.output.dense.register_forward_hook(lambda m, args, y: caught.update(h=args[0], y=y))
+    outputs("hf_bert", model)
+    with torch.no_grad():
+        inner = nn.functional.gelu(caught["x"] @ layer.down.T + layer.down_bias)
+        expected = caught["h"] @ block.output.dense.weight.T + block.output.dense.bias
+        expected = expected + inner @ layer.up.T + layer.up_bias
+    assert_close((caught["y"],), (expected,), 1e-6)
+
+
+def test_padding_of_bert_reaches_no_other_row() -> None:
+    tiny = BACKBONES["hf_bert"]
+    model: Any = tiny.fresh()
+    randomise(mm.attach(model, mm.Bottleneck(4)), 0.3, 5)
+    ids = tiny.batch(2)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        alone = model(input_ids=ids[1:, :3]).last_hidden_state
+    assert_close((whole[1:, :3],), (alone,), 1e-5)
+
+
+# -- logits and pooled features ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert_classifier"])
+def test_a_classifier_offers_its_logits(name: str) -> None:
+    model = BACKBONES[name].fresh()
+    (site,) = mm.attach(model, mm.TipAdapter(3), at="logits").layers.values()
+    assert site.keys.shape == (3, WIDTH)
+    assert site.classes == CLASSES
+
+
+def test_a_timm_backbone_without_a_head_has_no_logits() -> None:
+    model: Any = BACKBONES["timm_vit"].fresh()
+    model.reset_classifier(0)
+    roles = find_anatomy(model).roles(model)
+    assert "logits" not in roles
+    assert "vision.pooled" in roles
+
+
+@pytest.mark.parametrize("name", ["hf_siglip", "open_clip_timm"])
+def test_siglip_embeds_images_and_texts_through_its_pooled_sites(name: str) -> None:
+    tiny = BACKBONES[name]
+    model = tiny.fresh()
+    encode = find_anatomy(model).encode
+    image, text = tiny.batch(2).values()
+    with torch.no_grad():
+        before = encode["image"](model, image), encode["text"](model, text)
+        randomise(mm.attach(model, mm.Bottleneck(2), at="*.pooled"), 0.3, 5)
+        after = encode["image"](model, image), encode["text"](model, text)
+    assert before[0].shape == before[1].shape == (2, WIDTH)
+    assert float((after[0] - before[0]).abs().max()) > 1e-3
+    if name == "hf_siglip":
+        assert float((after[1] - before[1]).abs().max()) > 1e-3
+
+
+# -- what torch and the libraries do around them ------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_shares_of_a_fused_linear_compile_and_export() -> None:
+    tiny = BACKBONES["timm_vit"]
+    model: Any = tiny.fresh()
+    compiled = torch.compile(model, backend="aot_eager")
+    bare = outputs("timm_vit", compiled)
+    randomise(mm.attach(model, mm.LoRA(2)), 0.3, 5)
+    adapted = outputs("timm_vit", model)
+    assert_close(outputs("timm_vit", compiled), adapted, 1e-6)
+    mm.set_active(model)
+    assert_close(outputs("timm_vit", compiled), bare, 1e-6)
+    mm.set_active(model, "default")
+    program = torch.export.export(model, (), tiny.batch(3))
+    with torch.no_grad():
+        assert_close(tiny.read(program.module()(**tiny.batch(3))), adapted, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_siglip_vision"])
+def test_a_librarys_own_recomputation_gives_the_same_gradients(name: str) -> None:
+    tiny = BACKBONES[name]
+
+    def gradients(recompute: bool) -> tuple[Tensor, ...]:
+        model: Any = tiny.fresh()
+        adapter = mm.Bottleneck(4, placement="parallel")
+        attachment = randomise(mm.attach(model, adapter), 0.3, 5)
+        if recompute:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()
+        with mm.train_mode(model):
+            for module in model.modules():  # libraries recompute in train mode only
+                module.training = True
+            hidden = tiny.outputs(model)[0]
+            draw = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+            (hidden * draw).sum().backward()
+        return tuple(p.grad for p in attachment.parameters())  # type: ignore[misc]
+
+    assert_equal(gradients(True), gradients(False))
