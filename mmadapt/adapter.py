@@ -109,14 +109,14 @@ def register_adapter(cls: type[_A]) -> type[_A]:
     return cls
 
 
-def _short_repr(adapter: Adapter) -> str:
+def _short_repr(self: Any) -> str:
     """The class and the hyper-parameters that differ from their defaults."""
     fields = [
-        f"{f.name}={getattr(adapter, f.name)!r}"
-        for f in dataclasses.fields(adapter)
-        if getattr(adapter, f.name) != f.default
+        f"{f.name}={getattr(self, f.name)!r}"
+        for f in dataclasses.fields(self)
+        if getattr(self, f.name) != f.default
     ]
-    return f"{type(adapter).__name__}({', '.join(fields)})"
+    return f"{type(self).__name__}({', '.join(fields)})"
 
 
 def adapters() -> dict[str, type[Adapter]]:
