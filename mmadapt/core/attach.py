@@ -63,9 +63,8 @@ def resolve(
             "pass at=, for example at='*.layers[*].mlp'",
         )
     spans = anatomy.roles(model)
-    if (
-        at is None and adapter.at is None
-    ):  # defaults name roles of many families; one that is offered is enough
+    if at is None and adapter.at is None:
+        # defaults name roles of many families; one that is offered is enough
         patterns = [p for p in patterns if _matches(p, spans, adapter.ports)] or patterns
     pairs = select(patterns, spans, adapter.ports)
     return [anatomy.view(model, role, port, spans[role]) for role, port in pairs]
@@ -130,7 +129,7 @@ def disabled(m: Any) -> Iterator[Any]:
     """Run the bare backbone inside the block; what was active is active again after it."""
     _, bank = require_bank(m)
     before = bank.active
-    acting = any(hook.plan for hook in bank.hooks.values())  # False within another `disabled`
+    acting = bank.acting
     bank.plans(Sum())
     try:
         yield m

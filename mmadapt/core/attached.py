@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import unwrap_model
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmadapt.core.bank import Bank
+
+#: what may name an attachment
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def require_bank(m: Any) -> tuple[nn.Module, Bank]:

@@ -209,6 +209,11 @@ class Bank(nn.Module):
             for word in words:
                 self.tap_hooks[hook.site.taps[word]].readers += 1
 
+    @property
+    def acting(self) -> bool:
+        """Whether anything has a plan now: not within `disabled`, whatever is active."""
+        return any(hook.plan for hook in self.hooks.values())
+
     def activate(self, composition: Composition) -> None:
         """Make `composition` the active one; only active tensors require a gradient."""
         self.validate(composition)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from mmadapt.core.attached import NAME
 from mmadapt.core.attachment import Attachment
 from mmadapt.core.bank import (
     BANK,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.layer import Layer
     from mmadapt.core.site import SiteView
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def install(
@@ -101,7 +99,7 @@ def install(
 
 
 def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise AttachError(
             f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
         )

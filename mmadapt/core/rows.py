@@ -45,7 +45,7 @@ def context(m: Any, *, rows: Sequence[str | None]) -> Iterator[Any]:
     bank.validate(Sum(*names))
     plans = {hook: _row_plan(bank, hook, rows, names) for hook in bank.hooks.values()}
     before = bank.active
-    acting = any(hook.plan for hook in bank.hooks.values())  # False within `disabled`
+    acting = bank.acting
     bank.activate(Sum(*names))
     for hook, plan in plans.items():
         hook.plan = (plan,) if plan is not None else ()  # type: ignore[assignment]

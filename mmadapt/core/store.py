@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attached import require_bank, require_name
+from mmadapt.core.attached import NAME, require_bank, require_name
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterError, AdapterFileError, WrongBackboneError, did_you_mean
@@ -209,7 +209,7 @@ def _parse(folder: Path, text: str) -> dict[str, Any]:
             )
     if not manifest["adapters"]:
         raise AdapterFileError(f"{folder / MANIFEST} holds no adapter")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", manifest["name"]):
+    if not NAME.fullmatch(manifest["name"]):
         raise AdapterFileError(f"{folder / MANIFEST}: {manifest['name']!r} names no attachment")
     manifest.setdefault("licence", None)
     return manifest
