@@ -516,6 +516,47 @@ def test_checkpointing_equals_plain_in_values_and_gradients(case: Case) -> None:
 
 
 @every_case
+def test_two_adapters_then_one_backward_equal_each_alone(case: Case) -> None:
+    """Also where backward recomputes the forward of an adapter that has been switched off since."""
+    model, first = case.acting("first")
+    second = act(mm.attach(model, case.adapter, name="second"), seed=6)
+    batch = case.tiny.batch(3)
+    for tensor in batch.values():
+        if tensor.is_floating_point():
+            tensor.requires_grad_(True)
+    names = list(batch)
+    tensors = [*first.parameters(), *second.parameters()]
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return case.tiny.outputs(model, dict(zip(names, inputs, strict=True)))
+
+    def total(name: str, checkpointed: bool) -> Tensor:
+        mm.set_active(model, name)
+        inputs = batch.values()
+        return scalar(
+            checkpoint(run, *inputs, use_reentrant=False) if checkpointed else run(*inputs)
+        )
+
+    def gradients() -> list[Tensor]:
+        found = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+        for tensor in (*tensors, *batch.values()):
+            tensor.grad = None
+        return found
+
+    for name in ("first", "second"):
+        total(name, False).backward()
+    expected = gradients()
+    for checkpointed in (False, True):
+        (total("first", checkpointed) + total("second", checkpointed)).backward()
+        assert_close(tuple(gradients()), tuple(expected), 1e-5)
+        with mm.disabled(model):
+            bare = scalar(checkpoint(run, *batch.values(), use_reentrant=False))
+        if bare.requires_grad:
+            bare.backward()
+            assert not any(bool(gradient.any()) for gradient in gradients())
+
+
+@every_case
 def test_bfloat16_autocast_is_finite_and_leaves_no_trace(case: Case) -> None:
     model, attachment = case.acting()
     expected = case.tiny.outputs(model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import linear, linears, logits, norm_taps
+from mmadapt.backbones.blocks import linear, linears, logits, norm_taps, text_mask
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
@@ -49,6 +49,7 @@ def bert_anatomy(model: nn.Module) -> Anatomy:
         },
         towers={"text": inner.rstrip(".")},
         taps=norm_taps("text", path, "attention.output.LayerNorm", "output.LayerNorm"),
+        fills={inner.rstrip("."): text_mask},
         facts=_facts,
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from mmadapt.core.site import Span
 
 
@@ -81,3 +84,11 @@ def activation_name(module: object) -> str:
         tanh = "tanh" in name or getattr(module, "approximate", "none") == "tanh"
         return "gelu_tanh" if tanh else "gelu"
     return name
+
+
+def text_mask(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The fact "mask", bool (B, T), from the `attention_mask` a tower of transformers was called with."""
+    names = list(inspect.signature(module.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    mask = given.get("attention_mask")
+    return {"mask": mask.bool() if mask is not None and mask.ndim == 2 else None}

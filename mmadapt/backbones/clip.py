@@ -9,6 +9,7 @@ from mmadapt.backbones.blocks import (
     hf_layers,
     linear,
     norm_taps,
+    text_mask,
     timm_layers,
 )
 from mmadapt.backbones.vit import timm_facts
@@ -180,6 +181,7 @@ def hf_clip_anatomy(model: nn.Module) -> Anatomy:
             **norm_taps("vision", "vision_model.encoder.layers", "layer_norm1", "layer_norm2"),
             **norm_taps("text", "text_model.encoder.layers", "layer_norm1", "layer_norm2"),
         },
+        fills={"text_model": text_mask},
         facts=_hf_clip_facts,
         encode={"image": hf_image, "text": hf_text},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import hf_layers, logits, norm_taps
+from mmadapt.backbones.blocks import hf_layers, logits, norm_taps, text_mask
 from mmadapt.backbones.clip import hf_image, hf_text
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
@@ -32,6 +32,7 @@ def siglip_anatomy(model: nn.Module) -> Anatomy:
             **norm_taps("vision", vision, "layer_norm1", "layer_norm2"),
             **norm_taps("text", text, "layer_norm1", "layer_norm2"),
         },
+        fills={"text_model": text_mask},
         facts=_facts,
         encode={"image": hf_image, "text": hf_text},
     )

@@ -33,6 +33,9 @@ class Anatomy:
     towers: Mapping[str, str] = field(default_factory=dict)
     #: read-only taps: role -> "module path:out"
     taps: Mapping[str, str] = field(default_factory=dict)
+    #: path of a tower -> function (module, args, kwargs of its call) -> facts about this forward pass,
+    #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding
+    fills: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
     #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
     facts: Callable[[Any], dict[str, Any]] | None = None
     #: "image" / "text" -> function (model, batch) -> pooled embeddings (B, D), not normalised

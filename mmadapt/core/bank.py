@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,11 @@ import torch
 from torch import nn
 
 from mmadapt.core.compose import Composition, Stack, Sum
-from mmadapt.core.context import Context
-from mmadapt.core.dispatch import (
-    FirstForward,
-    InHook,
-    OutHook,
-    SiteHook,
-    TapHook,
-    WeightHook,
-    WeightRestore,
-)
+from mmadapt.core.context import Choice, Forwards
+from mmadapt.core.dispatch import AroundHook, InHook, OutHook, Plan, ShareHook, SiteHook
+from mmadapt.core.effective import WeightHook, WeightRestore, WeightSite
 from mmadapt.core.layer import Layer
+from mmadapt.core.passes import Begin, End, FirstForward, TapHook
 from mmadapt.errors import AttachError
 
 if TYPE_CHECKING:
@@ -54,15 +49,18 @@ class Bank(nn.Module):
         self.layers = nn.Module()
         self.anatomy = anatomy
         self.entry = entry
-        self.context = Context()
+        self.forwards = Forwards()
         self.records: dict[str, Record] = {}
         self.active: Composition = Sum()
         # merged attachments in order: the parameters they changed, with the originals
         self.merged: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
-        self.hooks: dict[str, SiteHook] = {}
-        self.weights: dict[tuple[str, str], WeightHook] = {}
-        self.tap_hooks: dict[str, TapHook] = {}
+        self.hooks: dict[str, SiteHook] = self.forwards.sites
+        self.tap_hooks: dict[str, TapHook] = self.forwards.taps
+        #: hooks that several roles share, by the name their handles have
+        self.groups: dict[str, ShareHook | WeightHook] = {}
+        self.begins: list[Begin] = []
         self.handles: dict[str, list[Any]] = {}
+        self.late: dict[str, list[Any]] = {}
         # what detach gives back
         self.trainable = {name: p.requires_grad for name, p in backbone_parameters(model)}
         self.training_flags = {name: module.training for name, module in model.named_modules()}
@@ -97,6 +95,7 @@ class Bank(nn.Module):
 
     def drop(self, name: str) -> None:
         """Forget the layers of one attachment."""
+        self.late.pop(name, None)
         del self.layers._modules[name]
         del self.records[name]
 
@@ -113,37 +112,65 @@ class Bank(nn.Module):
         for tap, path in taps.items():
             if tap not in self.tap_hooks:
                 module = self._root.get_submodule(path.partition(":")[0])
-                self.tap_hooks[tap] = TapHook(tap, self.context)
+                self.tap_hooks[tap] = TapHook(tap, self.forwards)
                 self.handles[f"tap {tap}"] = [module.register_forward_hook(self.tap_hooks[tap])]
         if site.name in self.hooks:
             self.hooks[site.name].site.taps.update(site.taps)
             return
+        self.hooks[site.name] = self._dispatcher(site)
+
+    def _dispatcher(self, site: SiteView) -> SiteHook:
         if site.port == "weight":
-            hook = SiteHook(site, self.context)
+            hook = WeightSite(site, self.forwards)
             self._weight_hook(site).sites.append(hook)
-        elif site.port == "in":
-            hook = InHook(site, self.context)
-            self.handles[site.name] = [
-                site.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            ]
-        else:
-            hook = OutHook(site, self.context)
-            self.handles[site.name] = [
-                site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-            ]
-        self.hooks[site.name] = hook
+            return hook
+        if site.port == "around":
+            hook = AroundHook(site, self.forwards)
+            self.handles[site.name] = [hook.install()]
+            return hook
+        module = site.module
+        if site.port == "in":
+            hook = InHook(site, self.forwards)
+            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            self.handles[site.name] = [handle]
+            return hook
+        hook = OutHook(site, self.forwards)
+        if site.span.block[1] > 1:
+            self._share_hook(site).sites.append(hook)
+            return hook
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        self.handles[site.name] = [handle]
+        return hook
+
+    def _share_hook(self, site: SiteView) -> ShareHook:
+        key = f"share {site.span.module}"
+        if key not in self.groups:
+            hook = self.groups[key] = ShareHook(self.forwards)
+            handle = site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            self.handles[key] = [handle]
+        return self.groups[key]  # type: ignore[return-value]
 
     def _weight_hook(self, site: SiteView) -> WeightHook:
-        key = (site.span.module, site.span.weight)
-        if key not in self.weights:
+        key = f"weight {site.span.module} {site.span.weight}"
+        if key not in self.groups:
             assert site.holder is not None
-            hook = WeightHook(site.holder, site.parameter, self.context)
-            self.weights[key] = hook
-            self.handles[f"weight {site.span.weight}"] = [
+            hook = self.groups[key] = WeightHook(site.holder, site.parameter, self.forwards)
+            self.handles[key] = [
                 site.module.register_forward_pre_hook(hook, prepend=True),
                 site.module.register_forward_hook(WeightRestore(hook), always_call=True),
             ]
-        return self.weights[key]
+        return self.groups[key]  # type: ignore[return-value]
+
+    def follow_passes(self) -> None:
+        """Have the root, and each tower that tells facts, announce its forward passes."""
+        for path in dict.fromkeys(("", *self.anatomy.fills)):
+            begin = Begin(self.forwards, not path, self.anatomy.fills.get(path))
+            module = self._root.get_submodule(path)
+            self.begins.append(begin)
+            self.handles[f"begin {path}"] = [
+                module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+                module.register_forward_hook(End(begin), always_call=True),
+            ]
 
     def watch_first_forward(self) -> None:
         """Have each tower's next call verify that its sites fire."""
@@ -168,18 +195,22 @@ class Bank(nn.Module):
             hook.plan = ()  # a first-forward check may still hold it
             for handle in self.handles.pop(name, []):
                 handle.remove()
-            for key, weight in list(self.weights.items()):
-                if hook in weight.sites:
-                    weight.sites.remove(hook)
-                if not weight.sites:
-                    del self.weights[key]
-                    for handle in self.handles.pop(f"weight {key[1]}"):
-                        handle.remove()
+            self._leave_group(hook)
         read = {tap for hook in self.hooks.values() for tap in hook.site.taps.values()}
         for tap in [tap for tap in self.tap_hooks if tap not in read]:
             del self.tap_hooks[tap]
             for handle in self.handles.pop(f"tap {tap}"):
                 handle.remove()
+
+    def _leave_group(self, hook: SiteHook) -> None:
+        """Take a role out of the hook it shares with others, and that one off if it was the last."""
+        for key, group in list(self.groups.items()):
+            if hook in group.sites:
+                group.sites.remove(hook)  # type: ignore[arg-type]
+            if not group.sites:
+                del self.groups[key]
+                for handle in self.handles.pop(key):
+                    handle.remove()
 
     def remove_all_hooks(self) -> None:
         """Take every hook off the backbone."""
@@ -192,22 +223,29 @@ class Bank(nn.Module):
 
     def plans(self, composition: Composition) -> None:
         """Replace the plan at every hook; the whole cost of a switch."""
-        stack = isinstance(composition, Stack)
         records = [self.records[name] for name in composition.names]
+        stack = isinstance(composition, Stack)
+        self.replace({site: _plan(site, records, stack) for site in self.hooks})
+
+    def replace(self, plans: dict[str, Plan]) -> None:
+        """Let these plans act from now on, at every site."""
+        self.forwards.choice = Choice()
         for site, hook in self.hooks.items():
-            plan: list[Layer] = []
-            for record in records:
-                plan += record.layers.get(site, ())
-            hook.plan = tuple(plan)
-            hook.stack = stack
+            hook.plan = plans[site]
         for hook in self.tap_hooks.values():
             hook.readers = 0
-        for hook in self.hooks.values() if self.tap_hooks else ():
-            words = [word for layer in hook.plan for word in layer.taps]
-            if hook.x_tap and hook.plan:
-                words.append(hook.x_tap)
-            for word in words:
-                self.tap_hooks[hook.site.taps[word]].readers += 1
+        wanted: set[str] = set()
+        if self.tap_hooks or self.anatomy.fills:
+            for hook in self.hooks.values():
+                layers = [layer for group in hook.plan for layer in group]
+                words = [word for layer in layers for word in layer.taps]
+                if hook.x_tap and hook.plan:
+                    words.append(hook.x_tap)
+                for word in words:
+                    self.tap_hooks[hook.site.taps[word]].readers += 1
+                wanted.update(*(layer.facts for layer in layers))
+        for begin in self.begins:
+            begin.wanted = frozenset(wanted)
 
     @property
     def acting(self) -> bool:
@@ -249,8 +287,18 @@ class Bank(nn.Module):
 
     def require_grad(self, name: str, active: bool) -> None:
         """Let the parameters of one attachment train, or not; what never trains is a buffer."""
-        for parameter in self._box(name).parameters():
+        for handle in self.late.pop(name, []):
+            handle.remove()
+        parameters = list(self._box(name).parameters())
+        if not active:
+            self.late[name] = [
+                p.register_hook(LateGradient(p)) for p in parameters if p.requires_grad
+            ]
+        for parameter in parameters:
             parameter.requires_grad_(active)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "late": {}}  # a copy has no forward pass whose backward is to come
 
     # -- the backbone it sits in ------------------------------------------------------------
 
@@ -275,6 +323,27 @@ class Bank(nn.Module):
         for name, module in root.named_modules():
             if name in self.training_flags:
                 module.training = self.training_flags[name]
+
+
+class LateGradient:
+    """Keeps a gradient that arrives after its adapter was switched off: its forward pass counted."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = weakref.ref(parameter)
+
+    def __call__(self, gradient: Tensor) -> None:
+        parameter = self.parameter()
+        if parameter is not None and not parameter.requires_grad:  # else torch does it
+            kept = parameter.grad
+            parameter.grad = gradient.detach().clone() if kept is None else kept + gradient
+
+
+def _plan(site: str, records: list[Record], stack: bool) -> Plan:
+    """The layers of several attachments at one site: one group, or for a stack one each."""
+    groups = [tuple(record.layers[site]) for record in records if site in record.layers]
+    if stack or not groups:
+        return tuple(groups)
+    return (tuple([layer for group in groups for layer in group]),)
 
 
 def _allow_bare_checkpoint(bank: Bank, incompatible: Any) -> None:

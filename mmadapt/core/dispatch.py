@@ -6,61 +6,100 @@ from attach to detach, and switching replaces plans, so that compiled code sees 
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mmadapt.core.context import Context
+from mmadapt.core.context import Choice, Context, Forwards
 from mmadapt.errors import CheckError
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
     from mmadapt.core.layer import Layer
     from mmadapt.core.site import SiteView
+
+
+#: layers in groups, one behind the other; those of one group see the same y and their changes add up
+Plan = tuple[tuple["Layer", ...], ...]
 
 
 class SiteHook:
     """What the hooks of all ports share."""
 
-    def __init__(self, site: SiteView, context: Context) -> None:
+    def __init__(self, site: SiteView, forwards: Forwards) -> None:
         self.site = site
-        self.context = context
-        self.plan: tuple[Layer, ...] = ()
-        self.stack = False
+        self.forwards = forwards
+        self.plan: Plan = ()
         self.fired = False
         tap = site.span.x.removeprefix("tap:")
         self.x_tap = tap if tap != site.span.x else ""
         position, _, self.keyword = ("", "", "") if self.x_tap else site.span.x.partition("|")
         self.position = int(position) if position else -1
 
-    def note(self) -> None:
-        """Remember that the site was reached; compiled code must not write Python state."""
-        if not torch.compiler.is_compiling() and not self.fired:
-            self.fired = True
+    def __call__(self, module: nn.Module, *call: Any) -> Any:
+        plan = self.plan
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                recomputed = self.forwards.recomputed()
+                if recomputed is not None:
+                    return self._repeat(*recomputed, call)
+            if plan and not self.fired:  # compiled code must not write Python state
+                self.fired = True
+        return self.meet(plan, self.forwards.context, *call) if plan else None
 
-    def find_x(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _repeat(self, choice: Choice, context: Context, call: tuple) -> Any:
+        """The call as its forward pass had it, with layers awake that have been switched off since."""
+        plan = (choice.plans or {}).get(self, ())
+        with awake(plan):
+            return self.meet(plan, context, *call) if plan else None
+
+    def meet(self, plan: Plan, context: Context, *call: Any) -> Any:
+        """What a port does with the call."""
+        raise NotImplementedError
+
+    def find_x(self, context: Context, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The role's input: a tap's tensor, or an argument by position or keyword."""
         if self.x_tap:
-            return self.context.read(self.site.taps[self.x_tap])
+            return context.read(self.site.taps[self.x_tap])
         if len(args) > self.position:
             return args[self.position]
-        return kwargs[self.keyword]
+        if self.keyword in kwargs:
+            return kwargs[self.keyword]
+        raise CheckError(
+            f"{self.site.name} was called with {len(args)} positional arguments and the keywords "
+            f"{', '.join(kwargs) or 'none'}; its input is argument {self.position} or the keyword "
+            f"{self.keyword!r}",
+            "name the input of this module in the anatomy's Span, as in x='0|hidden_states'",
+        )
+
+
+@contextlib.contextmanager
+def awake(plan: Plan) -> Iterator[None]:
+    """Layers of `plan` require gradients inside, as they did when their forward pass ran."""
+    asleep = [p for group in plan for layer in group for p in layer.parameters()]
+    asleep = [parameter for parameter in asleep if not parameter.requires_grad]
+    for parameter in asleep:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in asleep:
+            parameter.requires_grad_(False)
 
 
 class InHook(SiteHook):
     """Port `in`: replaces the input of a module's call."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        plan = self.plan
-        if not plan:
-            return None
-        self.note()
-        x = self.find_x(args, kwargs)
-        for layer in plan:
-            x = layer.before(x, self.context, self.site)
+    def meet(
+        self, plan: Plan, context: Context, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        x = self.find_x(context, args, kwargs)
+        for group in plan:
+            for layer in group:
+                x = layer.before(x, context, self.site)
         if len(args) > self.position:
             return (*args[: self.position], x, *args[self.position + 1 :]), kwargs
         return args, {**kwargs, self.keyword: x}
@@ -69,29 +108,110 @@ class InHook(SiteHook):
 class OutHook(SiteHook):
     """Port `out`: replaces one element of a module's output, knowing its input."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
-        plan = self.plan
-        if not plan:
-            return None
-        self.note()
-        x = self.find_x(args, kwargs)
+    def meet(
+        self, plan: Plan, context: Context, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        x = self.find_x(context, args, kwargs)
         if isinstance(output, Tensor):
-            return self.run(output, x)
-        return _put(output, self.site.span.y, self.run(output[self.site.span.y], x))
+            return self.through(plan, context, output, x)
+        y = _element(output, self.site)
+        return _put(output, self.site.span.y, self.through(plan, context, y, x))
 
-    def run(self, y: Tensor, x: Tensor) -> Tensor:
-        """Send y through the plan; also the way to replay a site on cached tensors."""
-        if self.site.span.block[1] > 1:  # layers see and change only their columns of y
-            start, stop = self.site.rows
-            left, own, right = y.split((start, stop - start, y.shape[-1] - stop), dim=-1)
-            return torch.cat((left, self._through(own, x), right), dim=-1)
-        return self._through(y, x)
+    def replay(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the site makes of a cached output y and input x, without the backbone."""
+        return self.through(self.plan, Context(), y, x)
 
-    def _through(self, y: Tensor, x: Tensor) -> Tensor:
+    def through(self, plan: Plan, context: Context, y: Tensor, x: Tensor) -> Tensor:
+        """Send y through the plan."""
         acc = y
-        for layer in self.plan:
-            acc = layer.after(acc, acc if self.stack else y, x, self.context, self.site)
+        for group in plan:
+            y = acc
+            for layer in group:
+                acc = layer.after(acc, y, x, context, self.site)
         return acc
+
+
+class ShareHook:
+    """Port `out` of a fused projection: every role sees and changes its own columns of the output.
+
+    One split and one concatenation serve all of them.
+    """
+
+    def __init__(self, forwards: Forwards) -> None:
+        self.forwards = forwards
+        self.sites: list[SiteHook] = []
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        # with gradients on, a recomputed call may act where no plan is now
+        if not torch.is_grad_enabled() and not any([hook.plan for hook in self.sites]):
+            return None
+        shares = list(output.chunk(self.sites[0].site.span.block[1], dim=-1))
+        acting = False
+        for hook in self.sites:
+            own = hook.site.span.block[0]
+            changed = hook(module, args, kwargs, shares[own])
+            if changed is not None:
+                shares[own], acting = changed, True
+        return torch.cat(shares, dim=-1) if acting else None
+
+
+class AroundHook(SiteHook):
+    """Port `around`: stands in for a module's forward, the only way to skip or repeat its call.
+
+    Hooks cannot do that, so it is an instance attribute, put back when it leaves.
+    """
+
+    def __init__(self, site: SiteView, forwards: Forwards) -> None:
+        super().__init__(site, forwards)
+        self.before: Callable[..., Any] | None = site.module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().__call__(self.site.module, args, kwargs)
+        return self.call(*args, **kwargs) if done is None else done[0]
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.site.module).forward(self.site.module, *args, **kwargs)
+
+    def meet(self, plan: Plan, context: Context, args: tuple, kwargs: dict[str, Any]) -> tuple[Any]:
+        call = self.call
+        for group in plan:
+            for layer in group:
+                call = functools.partial(_around, layer, call, context, self.site)
+        return (call(*args, **kwargs),)
+
+    def install(self) -> AroundHook:
+        """Stand in for the module's forward; what it returns has a `remove`, as hooks' handles do."""
+        self.site.module.__dict__["forward"] = self
+        return self
+
+    def remove(self) -> None:
+        """Give the module its forward back; one that has been wrapped since passes calls on."""
+        self.plan = ()
+        if self.site.module.__dict__.get("forward") is self:
+            del self.site.module.__dict__["forward"]
+            if self.before is not None:
+                self.site.module.__dict__["forward"] = self.before
+
+
+def _around(layer: Layer, call: Any, context: Context, site: SiteView, *args: Any, **kwargs: Any):
+    return layer.around(call, args, kwargs, context, site)
+
+
+def _element(output: Any, site: SiteView) -> Tensor:
+    """The element or field of a module's output that the role means."""
+    try:
+        return output[site.span.y]
+    except (KeyError, IndexError, TypeError):
+        raise CheckError(
+            f"{site.name} has no {site.span.y!r} in its output, a {type(output).__name__}"
+            + (f" of {', '.join(map(str, output))}" if isinstance(output, dict) else ""),
+            "name the element or field that the role means in the anatomy's Span, y=…",
+        ) from None
 
 
 def _put(output: Any, where: int | str, value: Tensor) -> Any:
@@ -105,144 +225,3 @@ def _put(output: Any, where: int | str, value: Tensor) -> Any:
     if hasattr(output, "_fields"):
         return type(output)(*items)
     return type(output)(items)
-
-
-class WeightHook:
-    """Port `weight`: for the length of a call, one parameter is its effective value.
-
-    A pre-hook puts the value in, a post-hook that is called even after an exception takes it out.
-    Several roles (q, k and v of a packed projection) may share the parameter, each with its rows.
-    """
-
-    def __init__(self, holder: nn.Module, parameter: str, context: Context) -> None:
-        self.holder = holder
-        self.parameter = parameter
-        self.context = context
-        self.sites: list[SiteHook] = []
-        self.original: nn.Parameter | None = None
-        self._cached: tuple[tuple, Tensor] | None = None
-        self.thread = 0
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if not any(site.plan for site in self.sites):
-            return
-        if not torch.compiler.is_compiling():
-            here = threading.get_ident()
-            if self.original is not None and self.thread != here:
-                raise CheckError(
-                    "a second forward pass began in another thread while one is under way; the "
-                    "`weight` port serves one at a time",
-                    "run them one after another, or give each thread a copy.deepcopy of the model",
-                )
-            self.thread = here
-        if self.original is None:  # else a nested or interrupted call left the value in
-            self.original = self.holder._parameters[self.parameter]
-        self.holder._parameters[self.parameter] = self.effective(module)  # type: ignore[assignment]
-
-    def effective(self, module: nn.Module) -> Tensor:
-        """The whole parameter with every active role's rows replaced; kept between eval calls."""
-        assert self.original is not None
-        for hook in self.sites:
-            if hook.plan:
-                hook.note()
-        keep = not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
-        key = self._key() if keep else ()
-        if keep and self._cached is not None and self._cached[0] == key:
-            return self._cached[1]
-        with torch.autocast(self.original.device.type, enabled=False):  # kept beyond this call
-            weight = self._assemble(self.original)
-        self._cached = (key, weight) if keep else None
-        return weight
-
-    def _assemble(self, whole: Tensor) -> Tensor:
-        blocks, reached = [], 0
-        for hook in sorted(self.sites, key=lambda site: site.site.rows):
-            start, stop = hook.site.rows
-            if not hook.plan:
-                continue
-            if start > reached:
-                blocks.append(whole[reached:start])
-            rows = whole[start:stop]
-            for layer in hook.plan:
-                rows = layer.weight(rows, self.context, hook.site)
-            blocks.append(rows)
-            reached = stop
-        if reached < whole.shape[0]:
-            blocks.append(whole[reached:])
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-    def _key(self) -> tuple:
-        """Changes whenever a tensor behind the effective value does, in place or by replacement.
-
-        Writes through `.data` move no version counter and are not seen; use `torch.no_grad()`.
-        """
-        layers = [layer for hook in self.sites for layer in hook.plan]
-        tensors = [self.original, *(p for layer in layers for p in layer.parameters())]
-        state = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors if t is not None)
-        return (*(id(layer) for layer in layers), *(layer.training for layer in layers), *state)
-
-    def forget(self) -> None:
-        """Drop the effective weight kept between calls."""
-        self._cached = None
-
-    def restore(self) -> None:
-        """Put the frozen parameter back."""
-        if not torch.compiler.is_compiling() and self.thread != threading.get_ident():
-            return  # the refused second forward; the first is still under way
-        if self.original is not None:
-            self.holder._parameters[self.parameter] = self.original
-            self.original = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
-
-
-class WeightRestore:
-    """The second half of a `WeightHook`; registered with `always_call=True`."""
-
-    def __init__(self, hook: WeightHook) -> None:
-        self.hook = hook
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.hook.restore()
-
-
-class TapHook:
-    """Leaves a module's output in the context while an active layer reads it; changes nothing."""
-
-    def __init__(self, name: str, context: Context) -> None:
-        self.name = name
-        self.context = context
-        self.readers = 0
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.readers:
-            value = output if isinstance(output, Tensor) else output[0]
-            self.context.leave(self.name, value, self.readers)
-
-
-class FirstForward:
-    """Runs after a tower's first call: every active site below it must have fired, then it leaves.
-
-    A module that is never called (its weight is read by its parent) would otherwise train nothing,
-    silently.
-    """
-
-    def __init__(self, tower: str, hooks: list[SiteHook]) -> None:
-        self.tower = tower
-        self.hooks = hooks
-        self.handle: RemovableHandle | None = None
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        silent = [hook.site.name for hook in self.hooks if hook.plan and not hook.fired]
-        if silent:
-            raise CheckError(
-                f"{len(silent)} of {len(self.hooks)} sites below {self.tower!r} never fired in its "
-                f"first forward pass: {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''}; "
-                "their modules are not called, so nothing would be trained there",
-                "detach, and choose other sites (a `weight` port meets weights their parent reads)",
-            )
-        if self.handle is not None and all(hook.fired for hook in self.hooks):
-            self.handle.remove()

@@ -19,7 +19,8 @@ from mmadapt.core.bank import (
     seeded,
 )
 from mmadapt.core.compose import Sum
-from mmadapt.core.dispatch import SiteHook, WeightHook
+from mmadapt.core.dispatch import ShareHook, SiteHook
+from mmadapt.core.effective import WeightHook
 from mmadapt.core.merge import take_out
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterFileError, AttachError
@@ -86,6 +87,7 @@ def install(
     if bank is None:
         bank = Bank(model, anatomy, entry)
         bank.seat(model)
+        bank.follow_passes()
     record = Record(adapters, tuple(tuple(site.name for site in chosen) for chosen in sites))
     bank.put(name, record, layers)
     for site in (site for chosen in sites for site in chosen):
@@ -120,8 +122,8 @@ def _check_alone(model: nn.Module) -> None:
     own = bank_of(model)
     for path, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(hook, (SiteHook, WeightHook)) and (
-                own is None or hook.context is not own.context
+            if isinstance(hook, (SiteHook, ShareHook, WeightHook)) and (
+                own is None or hook.forwards is not own.forwards
             ):
                 raise AttachError(
                     f"{path or 'this module'} already carries an adapter that was attached to another "

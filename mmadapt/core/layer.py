@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +24,8 @@ class Layer(nn.Module):
 
     #: read-only taps it reads, each once a call: `context.read(site.taps[word])`
     taps: ClassVar[tuple[str, ...]] = ()
+    #: facts of the forward pass it asks the context for, such as "mask"
+    facts: ClassVar[tuple[str, ...]] = ()
     #: whether its output may stand in a sum with others' (a plain `acc + delta`)
     additive: ClassVar[bool] = True
     #: why it cannot be merged into a weight, shown when `fold` returns None
@@ -39,6 +42,17 @@ class Layer(nn.Module):
     def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
         """Port `weight`: the effective rows (width, width_in) for this role; `weight` is not changed."""
         raise NotImplementedError(f"{type(self).__name__} has no `weight` port")
+
+    def around(
+        self,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        context: Context,
+        site: SiteView,
+    ) -> Any:
+        """Port `around`: what the module returns, `call(*args, **kwargs)` being its own forward."""
+        raise NotImplementedError(f"{type(self).__name__} has no `around` port")
 
     @property
     def rowwise(self) -> bool:

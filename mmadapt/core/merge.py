@@ -146,5 +146,8 @@ def _bias_name(site: SiteView) -> str | None:
 
 def _forget_kept_weights(bank: Bank) -> None:
     """Effective weights that were assembled from the old values must not be used again."""
-    for hook in bank.weights.values():
-        hook.forget()
+    from mmadapt.core.effective import WeightHook
+
+    for group in bank.groups.values():
+        if isinstance(group, WeightHook):
+            group.forget()

@@ -12,45 +12,74 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmadapt.core.attached import require_bank
 from mmadapt.core.compose import Sum
-from mmadapt.errors import AttachError, CheckError
+from mmadapt.core.context import Context
+from mmadapt.errors import AttachError, CheckError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mmadapt.core.bank import Bank
-    from mmadapt.core.context import Context
     from mmadapt.core.dispatch import SiteHook
     from mmadapt.core.layer import Layer
     from mmadapt.core.site import SiteView
 
 
 @contextlib.contextmanager
-def context(m: Any, *, rows: Sequence[str | None]) -> Iterator[Any]:
-    """Inside the block, row i of every batch runs with the attachment `rows[i]`, or bare for None.
+def context(m: Any, *, rows: Sequence[str | None] | None = None, **facts: Any) -> Iterator[Any]:
+    """What the forward passes inside the block are told, beyond their inputs.
 
-    All attachments named must be alike (one adapter, equal hyper-parameters) and stand at `out`
-    sites; a `weight` site has one weight for the whole batch. What was active is active again
-    afterwards.
+    `rows`: row i of every batch runs with the attachment `rows[i]`, or bare for None. All attachments
+    named must be alike (one adapter, equal hyper-parameters) and stand at `out` sites; a `weight`
+    site has one weight for the whole batch. What was active is active again afterwards.
+
+    Other keywords are facts that attached layers ask for, such as a padding `mask` (B, T), False for
+    padding; they win over what the anatomy reads from the model's inputs. One that no layer asks for
+    is an error.
 
         with mm.context(model, rows=["french", None, "german"]):
             model(batch_of_three)
     """
     _, bank = require_bank(m)
-    rows = list(rows)
+    _check_facts(bank, facts)
+    forwards = bank.forwards
+    before = forwards.given, forwards.context
+    with contextlib.nullcontext() if rows is None else _chosen(bank, list(rows)):
+        forwards.given = {**forwards.given, **facts}
+        forwards.context = Context(forwards.given)
+        try:
+            yield m
+        finally:
+            forwards.given, forwards.context = before
+
+
+def _check_facts(bank: Bank, facts: dict[str, Any]) -> None:
+    asked = {
+        fact for name in bank.records for _, layer in bank.layers_of(name) for fact in layer.facts
+    }
+    for fact in facts:
+        if fact not in asked:
+            raise AttachError(
+                f"no attached layer asks for the fact {fact!r}",
+                did_you_mean(fact, asked) if asked else "attached layers ask for none",
+            )
+
+
+@contextlib.contextmanager
+def _chosen(bank: Bank, rows: list[str | None]) -> Iterator[None]:
+    """Every row with its own attachment, inside the block."""
     names = tuple(dict.fromkeys(name for name in rows if name is not None))
     if not rows:
         raise AttachError(
             "rows is empty", "name an attachment, or None, for every row of the batch"
         )
     bank.validate(Sum(*names))
-    plans = {hook: _row_plan(bank, hook, rows, names) for hook in bank.hooks.values()}
+    plans = {site: _row_plan(bank, hook, rows, names) for site, hook in bank.hooks.items()}
     before = bank.active
     acting = bank.acting
     bank.activate(Sum(*names))
-    for hook, plan in plans.items():
-        hook.plan = (plan,) if plan is not None else ()  # type: ignore[assignment]
+    bank.replace({site: ((plan,),) if plan else () for site, plan in plans.items()})  # type: ignore[misc]
     try:
-        yield m
+        yield
     finally:
         bank.activate(before)
         if not acting:
@@ -99,6 +128,7 @@ class RowPlan:
     """Stands in a hook's plan for several alike layers, of which each row picks one."""
 
     taps: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layers: list[Layer], slots: list[int]) -> None:
         self.layers = layers
@@ -113,6 +143,10 @@ class RowPlan:
                 "name one attachment, or None, for every row of the batch",
             )
         return self.layers[0].after_rows(self.picked(), acc, y, x)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Of all the layers that rows may pick."""
+        return (parameter for layer in self.layers for parameter in layer.parameters())
 
     def picked(self) -> dict[str, Tensor]:
         """Every parameter with a row axis in front, (B, …); kept between calls without gradients."""

@@ -17,7 +17,7 @@ from mmadapt.errors import SiteError, closest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PORTS = ("in", "out", "weight")
+PORTS = ("in", "out", "weight", "around")
 
 _WORD = re.compile(r"(\*|[A-Za-z_][A-Za-z0-9_]*)(?:\[([^\[\]]*)\])?\Z")
 _SELECTOR = re.compile(r"\*|-?\d+|(-?\d+)?:(-?\d+)?(:-?[1-9]\d*)?")
@@ -168,6 +168,8 @@ def select(
             raise nothing_matched(pattern, spans)
         for role in roles:
             offered = spans[role].ports
+            if "out" in offered:
+                offered = (*offered, "around")  # what is called can be stood in for
             usable = [p for p in ports if p in offered and port in (None, p)]
             if not usable:
                 wanted = f"port {port!r}" if port else f"a port among {', '.join(ports)}"

@@ -85,7 +85,7 @@ def adapted(m: Backbone, frozen: Tensor) -> Tensor:
     model, _, _ = unwrap(m)
     bank = bank_of(model)
     hook = bank.hooks.get(f"{POOLED}:out") if bank is not None else None
-    return hook.run(frozen, frozen) if isinstance(hook, OutHook) else frozen
+    return hook.replay(frozen, frozen) if isinstance(hook, OutHook) else frozen
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Hooks that follow a forward pass through the backbone without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmadapt.errors import CheckError
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from mmadapt.core.context import Context, Forwards
+    from mmadapt.core.dispatch import SiteHook
+
+
+class TapHook:
+    """Leaves a module's output in the context while an active layer reads it; changes nothing."""
+
+    def __init__(self, name: str, forwards: Forwards) -> None:
+        self.name = name
+        self.forwards = forwards
+        self.readers = 0
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        readers, context = self.readers, self.forwards.context
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            recomputed = self.forwards.recomputed()
+            if recomputed is not None:
+                readers, context = recomputed[0].readers.get(self, 0), recomputed[1]
+        if readers:
+            context.leave(self.name, output if isinstance(output, Tensor) else output[0], readers)
+
+
+class Begin:
+    """Starts a forward pass at the root, and at each tower whose inputs say something layers want."""
+
+    def __init__(
+        self, forwards: Forwards, root: bool, fill: Callable[..., dict[str, Any]] | None
+    ) -> None:
+        self.forwards = forwards
+        self.root = root
+        self.fill = fill
+        #: facts that active layers ask for; without any a tower tells none
+        self.wanted: frozenset[str] = frozenset()
+        self.before: list[Context] = []
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        facts = self.fill(module, args, kwargs) if self.wanted and self.fill else None
+        if facts is not None or (self.root and not torch.compiler.is_compiling()):
+            self.before.append(self.forwards.begin(facts or {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "before": []}
+
+
+class End:
+    """The second half of `Begin`; registered with `always_call=True`."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.begin = begin
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.begin.before and self.begin.forwards.mine():
+            self.begin.forwards.end(self.begin.before.pop())
+
+
+class FirstForward:
+    """Runs after a tower's first call: every active site below it must have fired, then it leaves.
+
+    A module that is never called (its weight is read by its parent) would otherwise train nothing,
+    silently.
+    """
+
+    def __init__(self, tower: str, hooks: list[SiteHook]) -> None:
+        self.tower = tower
+        self.hooks = hooks
+        self.handle: RemovableHandle | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        silent = [hook.site.name for hook in self.hooks if hook.plan and not hook.fired]
+        if silent:
+            raise CheckError(
+                f"{len(silent)} of {len(self.hooks)} sites below {self.tower!r} never fired in its "
+                f"first forward pass: {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''}; "
+                "their modules are not called, so nothing would be trained there",
+                "detach, and choose other sites (a `weight` port meets weights their parent reads)",
+            )
+        if self.handle is not None and all(hook.fired for hook in self.hooks):
+            self.handle.remove()
