@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from mmadapt.core.backbone import Backbone
     from mmadapt.core.check import check
     from mmadapt.core.compose import Stack, Sum
+    from mmadapt.core.given import context
     from mmadapt.core.merge import merge, unmerge
     from mmadapt.core.report import inspect, plan, sites
-    from mmadapt.core.rows import context
     from mmadapt.core.site import Span
     from mmadapt.core.store import load_adapter, save
     from mmadapt.errors import MmadaptError
@@ -59,7 +59,7 @@ _HOMES = {
     "mmadapt.core.compose": "Stack Sum",
     "mmadapt.core.merge": "merge unmerge",
     "mmadapt.core.report": "inspect plan sites",
-    "mmadapt.core.rows": "context",
+    "mmadapt.core.given": "context",
     "mmadapt.core.site": "Span",
     "mmadapt.core.store": "load_adapter save",
     "mmadapt.errors": "MmadaptError",

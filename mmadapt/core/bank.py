@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 import zlib
 from dataclasses import dataclass, field
@@ -290,7 +291,7 @@ class Bank(nn.Module):
         for handle in self.late.pop(name, []):
             handle.remove()
         parameters = list(self._box(name).parameters())
-        if not active:
+        if not active and (self.forwards.graded or "torch._dynamo" in sys.modules):
             self.late[name] = [
                 p.register_hook(LateGradient(p)) for p in parameters if p.requires_grad
             ]
@@ -389,8 +390,6 @@ def seeded(name: str, seed: int | None) -> torch.Generator:
 
 def reset_compiled_code() -> None:
     """Compiled code does not see new hooks; drop it, where dynamo has been in use at all."""
-    import sys
-
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

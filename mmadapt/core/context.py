@@ -8,7 +8,6 @@ backward repeats the forward that was, whatever has been switched since.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 
 from mmadapt.errors import CheckError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHECKPOINT = inspect.getfile(checkpoint)
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class Context:
@@ -93,6 +92,8 @@ class Forwards:
         self.sites: dict[str, Any] = {}
         self.taps: dict[str, Any] = {}
         self._regions: WeakKeyDictionary[Any, Region] = WeakKeyDictionary()
+        #: whether a graph may exist whose backward is to come
+        self.graded = False
         self._thread = 0
         self._depth = 0
 
@@ -133,6 +134,7 @@ class Forwards:
 
         Called by every hook with gradients on, so the first question is the cheap one.
         """
+        self.graded = True
         region, again = _region_under_way()
         if not again and torch._C._current_graph_task_id() != -1:
             raise CheckError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,6 +131,21 @@ class OutHook(SiteHook):
         return acc
 
 
+def acting(
+    forwards: Forwards, sites: Sequence[SiteHook]
+) -> tuple[list[tuple[SiteHook, Plan]], Context, Plan]:
+    """For roles that share a hook: those with a plan in this call, its context, and layers to wake."""
+    if not torch.compiler.is_compiling():
+        recomputed = forwards.recomputed() if torch.is_grad_enabled() else None
+        if recomputed is not None:
+            kept = recomputed[0].plans or {}
+            plans = [(site, kept[site]) for site in sites if kept.get(site)]
+            return plans, recomputed[1], tuple(group for _, plan in plans for group in plan)
+        for site in sites:
+            site.fired = site.fired or bool(site.plan)
+    return [(site, site.plan) for site in sites if site.plan], forwards.context, ()
+
+
 class ShareHook:
     """Port `out` of a fused projection: every role sees and changes its own columns of the output.
 
@@ -139,22 +154,21 @@ class ShareHook:
 
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards
-        self.sites: list[SiteHook] = []
+        self.sites: list[OutHook] = []
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        # with gradients on, a recomputed call may act where no plan is now
-        if not torch.is_grad_enabled() and not any([hook.plan for hook in self.sites]):
+        plans, context, asleep = acting(self.forwards, self.sites)
+        if not plans:
             return None
-        shares = list(output.chunk(self.sites[0].site.span.block[1], dim=-1))
-        acting = False
-        for hook in self.sites:
-            own = hook.site.span.block[0]
-            changed = hook(module, args, kwargs, shares[own])
-            if changed is not None:
-                shares[own], acting = changed, True
-        return torch.cat(shares, dim=-1) if acting else None
+        with awake(asleep) if asleep else contextlib.nullcontext():
+            x = plans[0][0].find_x(context, args, kwargs)
+            shares = list(output.chunk(plans[0][0].site.span.block[1], dim=-1))
+            for hook, plan in plans:
+                own = hook.site.span.block[0]
+                shares[own] = hook.through(plan, context, shares[own], x)  # type: ignore[attr-defined]
+            return torch.cat(shares, dim=-1)
 
 
 class AroundHook(SiteHook):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mmadapt.core.dispatch import SiteHook, awake
+from mmadapt.core.dispatch import SiteHook, acting, awake
 from mmadapt.errors import CheckError
 
 if TYPE_CHECKING:
@@ -33,28 +34,17 @@ class WeightHook:
         self.thread = 0
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-        recomputed = self.forwards.recomputed() if grad and not compiling else None
-        if recomputed is None:
-            plans = [(site, site.plan) for site in self.sites if site.plan]
-            context = self.forwards.context
-        else:
-            kept = recomputed[0].plans or {}
-            plans = [(site, kept[site]) for site in self.sites if kept.get(site)]
-            context = recomputed[1]
+        plans, context, asleep = acting(self.forwards, self.sites)
         if not plans:
             return
+        compiling = torch.compiler.is_compiling()
         if not compiling:
             self._alone()
-            for site, _ in plans:
-                site.fired = True
         if self.original is None:  # else a nested or interrupted call left the value in
             self.original = self.holder._parameters[self.parameter]
-        if recomputed is not None:
-            with awake(tuple(group for _, plan in plans for group in plan)):
+        if torch.is_grad_enabled() or compiling or module.training:
+            with awake(asleep) if asleep else contextlib.nullcontext():
                 value = self._assemble(plans, context)
-        elif grad or compiling or module.training:
-            value = self._assemble(plans, context)
         else:
             value = self._kept(plans, context)
         self.holder._parameters[self.parameter] = value  # type: ignore[assignment]
@@ -69,14 +59,14 @@ class WeightHook:
             )
         self.thread = here
 
-    def _kept(self, plans: list[tuple[WeightSite, Plan]], context: Context) -> Tensor:
+    def _kept(self, plans: list[tuple[SiteHook, Plan]], context: Context) -> Tensor:
         """The effective value, computed anew only when something behind it has changed."""
         key = self._key(plans)
         if self._cached is None or self._cached[0] != key:
             self._cached = (key, self._assemble(plans, context))
         return self._cached[1]
 
-    def _assemble(self, plans: list[tuple[WeightSite, Plan]], context: Context) -> Tensor:
+    def _assemble(self, plans: list[tuple[SiteHook, Plan]], context: Context) -> Tensor:
         """The whole parameter with every active role's rows replaced."""
         assert self.original is not None
         whole = self.original
@@ -96,7 +86,7 @@ class WeightHook:
                 blocks.append(whole[reached:])
             return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def _key(self, plans: list[tuple[WeightSite, Plan]]) -> tuple:
+    def _key(self, plans: list[tuple[SiteHook, Plan]]) -> tuple:
         """Changes whenever a tensor behind the effective value does, in place or by replacement.
 
         Writes through `.data` move no version counter and are not seen; use `torch.no_grad()`.
@@ -126,7 +116,7 @@ class WeightSite(SiteHook):
     """Port `weight` of one role: its plan, which the `WeightHook` of its parameter carries out."""
 
 
-def _rows_of(planned: tuple[WeightSite, Plan]) -> tuple[int, int]:
+def _rows_of(planned: tuple[SiteHook, Plan]) -> tuple[int, int]:
     return planned[0].site.rows
 
 

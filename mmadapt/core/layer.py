@@ -59,8 +59,12 @@ class Layer(nn.Module):
         """Whether rows of one batch may choose among layers like this one: `after_rows` is there."""
         return False
 
-    def after_rows(self, tensors: dict[str, Tensor], acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Port `out` with a row's own parameters: `tensors` holds each as (B, …); zeros mean no change."""
+    def row_operands(self, tensors: dict[str, Tensor]) -> Any:
+        """What `after_rows` computes with, from each parameter as (B, …); zeros must mean no change."""
+        return tensors
+
+    def after_rows(self, operands: Any, acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Port `out` with parameters of every row's own."""
         raise NotImplementedError(f"{type(self).__name__} cannot be chosen by row")
 
     def fold(

@@ -7,13 +7,14 @@ are batched. It trains as well as it predicts: gradients reach just the layers t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmadapt.core.attached import require_bank
+import torch
+
 from mmadapt.core.compose import Sum
 from mmadapt.core.context import Context
-from mmadapt.errors import AttachError, CheckError, did_you_mean
+from mmadapt.errors import AttachError, CheckError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,47 +26,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def context(m: Any, *, rows: Sequence[str | None] | None = None, **facts: Any) -> Iterator[Any]:
-    """What the forward passes inside the block are told, beyond their inputs.
-
-    `rows`: row i of every batch runs with the attachment `rows[i]`, or bare for None. All attachments
-    named must be alike (one adapter, equal hyper-parameters) and stand at `out` sites; a `weight`
-    site has one weight for the whole batch. What was active is active again afterwards.
-
-    Other keywords are facts that attached layers ask for, such as a padding `mask` (B, T), False for
-    padding; they win over what the anatomy reads from the model's inputs. One that no layer asks for
-    is an error.
-
-        with mm.context(model, rows=["french", None, "german"]):
-            model(batch_of_three)
-    """
-    _, bank = require_bank(m)
-    _check_facts(bank, facts)
-    forwards = bank.forwards
-    before = forwards.given, forwards.context
-    with contextlib.nullcontext() if rows is None else _chosen(bank, list(rows)):
-        forwards.given = {**forwards.given, **facts}
-        forwards.context = Context(forwards.given)
-        try:
-            yield m
-        finally:
-            forwards.given, forwards.context = before
-
-
-def _check_facts(bank: Bank, facts: dict[str, Any]) -> None:
-    asked = {
-        fact for name in bank.records for _, layer in bank.layers_of(name) for fact in layer.facts
-    }
-    for fact in facts:
-        if fact not in asked:
-            raise AttachError(
-                f"no attached layer asks for the fact {fact!r}",
-                did_you_mean(fact, asked) if asked else "attached layers ask for none",
-            )
-
-
-@contextlib.contextmanager
-def _chosen(bank: Bank, rows: list[str | None]) -> Iterator[None]:
+def chosen(bank: Bank, rows: list[str | None]) -> Iterator[None]:
     """Every row with its own attachment, inside the block."""
     names = tuple(dict.fromkeys(name for name in rows if name is not None))
     if not rows:
@@ -133,7 +94,8 @@ class RowPlan:
     def __init__(self, layers: list[Layer], slots: list[int]) -> None:
         self.layers = layers
         self.slots = slots
-        self._kept: tuple[tuple, dict[str, Tensor]] | None = None
+        self._kept: tuple[list, Any] | None = None
+        self._places: Tensor | None = None
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         """acc + each row's own change."""
@@ -142,28 +104,32 @@ class RowPlan:
                 f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.slots)}",
                 "name one attachment, or None, for every row of the batch",
             )
-        return self.layers[0].after_rows(self.picked(), acc, y, x)
+        return self.layers[0].after_rows(self.operands(), acc, y, x)
 
     def parameters(self) -> Iterator[Tensor]:
         """Of all the layers that rows may pick."""
         return (parameter for layer in self.layers for parameter in layer.parameters())
 
-    def picked(self) -> dict[str, Tensor]:
-        """Every parameter with a row axis in front, (B, …); kept between calls without gradients."""
-        import torch
-
+    def operands(self) -> Any:
+        """What the rows compute with; without gradients kept until a parameter changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.layers[0].row_operands(self.picked())
         # layers hold flat parameters, and reading the table itself is what this can afford
-        tensors: list[Any] = [layer._parameters for layer in self.layers]
-        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        key = (
-            tuple([(id(t), t._version) for each in tensors for t in each.values()]) if keep else ()
-        )
-        if keep and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        key = [t._version for layer in self.layers for t in layer._parameters.values()]  # type: ignore[union-attr]
+        key += [id(t) for layer in self.layers for t in layer._parameters.values()]
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self.layers[0].row_operands(self.picked()))
+        return self._kept[1]
+
+    def picked(self) -> dict[str, Tensor]:
+        """Every parameter with a row axis in front, (B, …); zeros where a row picks none."""
+        tables: list[Any] = [layer._parameters for layer in self.layers]
         found = {}
-        for name, first in tensors[0].items():
-            stacked = torch.stack([*(each[name] for each in tensors), torch.zeros_like(first)])
-            slots = torch.tensor(self.slots, device=first.device)
-            found[name] = stacked.index_select(0, slots)
-        self._kept = (key, found) if keep else None
+        for name, first in tables[0].items():
+            several = [table[name] for table in tables]
+            if max(self.slots) == len(tables):
+                several.append(torch.zeros_like(first))
+            if self._places is None or self._places.device != first.device:
+                self._places = torch.tensor(self.slots, device=first.device)
+            found[name] = torch.stack(several).index_select(0, self._places)
         return found

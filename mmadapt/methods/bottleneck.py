@@ -26,11 +26,11 @@ from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
 from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import (
     ACTIVATIONS,
+    add_by_row,
     bottleneck,
     by_row,
     channel_axis,
     layer_norm,
-    linear_by_row,
 )
 
 if TYPE_CHECKING:
@@ -110,18 +110,23 @@ class BottleneckLayer(Layer):
         """Rows may choose among these layers where channels are the last axis and nothing is normed."""
         return self.axis == -1 and self.norm == "none"
 
-    def after_rows(self, tensors: dict[str, Tensor], acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    def row_operands(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         t = tensors
-        z = by_row(x if self.parallel else y).to(t["down"].dtype)
-        hidden = ACTIVATIONS[self.activation](linear_by_row(z, t["down"], t["down_bias"]))
+        up, up_bias = t["up"].mT, t["up_bias"].unsqueeze(1)
+        if isinstance(self.scale, Tensor):
+            scale = t["scale"].view(len(up), 1, -1)
+            up, up_bias = up * scale, up_bias * scale
+        elif self.scale != 1.0:
+            up, up_bias = up * self.scale, up_bias * self.scale
+        return t["down"].mT, t["down_bias"].unsqueeze(1), up, up_bias
+
+    def after_rows(self, operands: Any, acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = operands
+        z = by_row(x if self.parallel else y, down.dtype)
+        hidden = ACTIVATIONS[self.activation](torch.baddbmm(down_bias, z, down))
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        delta = linear_by_row(hidden, t["up"], t["up_bias"])
-        if isinstance(self.scale, Tensor):
-            delta = delta * t["scale"].view(len(delta), 1, -1)
-        elif self.scale != 1.0:
-            delta = delta * self.scale
-        return acc + delta.view(acc.shape).to(acc.dtype)
+        return add_by_row(acc, torch.baddbmm(up_bias, hidden, up))
 
     def describe(self) -> dict[str, Any]:
         if not isinstance(self.scale, Tensor):

@@ -25,8 +25,8 @@ from torch.nn.modules.conv import _ConvNd
 from mmadapt.core.layer import Layer, empty, fill_uniform
 from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import (
+    add_by_row,
     by_row,
-    linear_by_row,
     low_rank,
     low_rank_convolution,
     low_rank_weight,
@@ -94,12 +94,18 @@ class LoRALayer(Layer):
         """Rows may choose among linear layers; a convolution has one kernel for the whole batch."""
         return not self.convolution
 
-    def after_rows(self, tensors: dict[str, Tensor], acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        a, b = tensors["a"], tensors["b"]
+    def row_operands(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        b = tensors["b"].mT
+        return tensors["a"].mT, b if self.scale == 1.0 else b * self.scale
+
+    def after_rows(self, operands: Any, acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        a, b = operands
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        delta = linear_by_row(linear_by_row(by_row(x).to(a.dtype), a), b) * self.scale
-        return acc + delta.view(acc.shape).to(acc.dtype)
+        hidden = torch.bmm(by_row(x, a.dtype), a)
+        if acc.ndim == 3 and acc.dtype == b.dtype:
+            return torch.baddbmm(acc, hidden, b)
+        return add_by_row(acc, torch.bmm(hidden, b))
 
     def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
         return low_rank_weight(weight, self.a, self.b, self.scale)

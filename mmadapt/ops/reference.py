@@ -203,13 +203,15 @@ def cache_votes(
     return votes.index_add(1, labels.clamp(min=0), affinity).to(features.dtype)
 
 
-def by_row(z: Tensor) -> Tensor:
+def by_row(z: Tensor, dtype: torch.dtype) -> Tensor:
     """z (B, …, C) as (B, N, C), so that a batch of matrices can act on the rows of the batch."""
-    return z.reshape(z.shape[0], -1, z.shape[-1])
+    if z.ndim != 3:
+        z = z.reshape(z.shape[0], -1, z.shape[-1])
+    return z if z.dtype == dtype else z.to(dtype)
 
 
-def linear_by_row(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """z (B, N, C), weight (B, O, C), bias (B, O): every row of the batch with its own linear layer."""
-    if bias is None:
-        return torch.bmm(z, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), z, weight.transpose(1, 2))
+def add_by_row(acc: Tensor, delta: Tensor) -> Tensor:
+    """acc (B, …, C) plus delta (B, N, C), in acc's shape and dtype."""
+    if delta.dtype != acc.dtype:
+        delta = delta.to(acc.dtype)
+    return acc + (delta if delta.shape == acc.shape else delta.view(acc.shape))
