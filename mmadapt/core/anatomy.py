@@ -67,6 +67,8 @@ class Anatomy:
 
     def view(self, model: nn.Module, role: str, port: str, span: Span) -> SiteView:
         """The site `role:port` of `model`, with its module, widths and weight looked up."""
+        from mmadapt.core.host import execution_device
+
         module = model.get_submodule(span.module)
         width = width_in = 0
         holder, parameter, rows = None, "", (0, 0)
@@ -93,6 +95,9 @@ class Anatomy:
             parameter=parameter,
             rows=rows,
             reference=reference,
+            device=None
+            if reference is None
+            else execution_device(reference, holder, module, model),
         )
 
     def tap(self, role: str, name: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmadapt.core.compose import Composition, Stack, Sum
 from mmadapt.core.context import Choice, Forwards
@@ -163,9 +164,15 @@ class Bank(nn.Module):
         return self.groups[key]  # type: ignore[return-value]
 
     def follow_passes(self) -> None:
-        """Have the root, and each tower that tells facts, announce its forward passes."""
-        for path in dict.fromkeys(("", *self.anatomy.fills)):
-            begin = Begin(self.forwards, not path, self.anatomy.fills.get(path))
+        """Have the root and the towers announce their forward passes."""
+        statistics = {
+            path: module
+            for path, module in self._root.named_modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        }
+        for path in dict.fromkeys(("", *self.anatomy.towers.values(), *self.anatomy.fills)):
+            below = {name: norm for name, norm in statistics.items() if _below(name, path)}
+            begin = Begin(self.forwards, self.anatomy.fills.get(path), below)
             module = self._root.get_submodule(path)
             self.begins.append(begin)
             self.handles[f"begin {path}"] = [

@@ -38,6 +38,8 @@ class SiteHook:
         self.x_tap = tap if tap != site.span.x else ""
         position, _, self.keyword = ("", "", "") if self.x_tap else site.span.x.partition("|")
         self.position = int(position) if position else -1
+        # accelerate moves a call's inputs inside of it, where no hook of ours sees them
+        self.moves = hasattr(site.module, "_hf_hook")
 
     def __call__(self, module: nn.Module, *call: Any) -> Any:
         plan = self.plan
@@ -63,12 +65,17 @@ class SiteHook:
     def find_x(self, context: Context, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The role's input: a tap's tensor, or an argument by position or keyword."""
         if self.x_tap:
-            return context.read(self.site.taps[self.x_tap])
-        if len(args) > self.position:
-            return args[self.position]
-        if self.keyword in kwargs:
-            return kwargs[self.keyword]
-        raise CheckError(
+            x = context.read(self.site.taps[self.x_tap])
+        elif len(args) > self.position:
+            x = args[self.position]
+        elif self.keyword in kwargs:
+            x = kwargs[self.keyword]
+        else:
+            raise self._no_x(args, kwargs)
+        return x.to(self.site.device) if self.moves else x
+
+    def _no_x(self, args: tuple, kwargs: dict[str, Any]) -> CheckError:
+        return CheckError(
             f"{self.site.name} was called with {len(args)} positional arguments and the keywords "
             f"{', '.join(kwargs) or 'none'}; its input is argument {self.position} or the keyword "
             f"{self.keyword!r}",

@@ -21,6 +21,7 @@ from mmadapt.core.bank import (
 from mmadapt.core.compose import Sum
 from mmadapt.core.dispatch import ShareHook, SiteHook
 from mmadapt.core.effective import WeightHook
+from mmadapt.core.host import why_not_plain
 from mmadapt.core.merge import take_out
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterFileError, AttachError
@@ -58,6 +59,8 @@ def install(
         )
     _check_root(model)
     _check_alone(model)
+    for site in (site for chosen in sites for site in chosen):
+        _check_weight(site)
     generator = seeded(name, seed)
     layers = {
         f"{index}/{site.name}": adapter.build(site, generator)
@@ -114,6 +117,26 @@ def _check_root(model: nn.Module) -> None:
         raise AttachError(
             f"a {type(model).__name__} calls or counts every module it holds, the adapters' bank too",
             "wrap it in a module whose forward calls it, and attach to that",
+        )
+
+
+def _check_weight(site: SiteView) -> None:
+    """Weights that are no plain tensors are met by the calls of their modules, or not at all."""
+    if site.device is not None and site.device.type == "meta":
+        raise AttachError(
+            f"the weights at {site.name} are on the meta device, so there is nowhere to build a layer",
+            "load the model's weights first",
+        )
+    if site.port != "weight" or site.holder is None:
+        return
+    reason = why_not_plain(site.holder.get_parameter(site.parameter))
+    if reason:
+        called = "out" in site.span.ports
+        raise AttachError(
+            f"the weight at {site.name} cannot be replaced: {reason}",
+            f"use the `out` port: at={site.role + ':out'!r}"
+            if called
+            else "choose sites whose modules are called, such as '*.layers[*].mlp'",
         )
 
 

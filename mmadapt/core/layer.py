@@ -89,7 +89,7 @@ def empty(site: SiteView, *shape: int) -> nn.Parameter:
     reference = site.reference
     assert reference is not None
     dtype = reference.dtype if reference.dtype in _WIDE else torch.float32
-    return nn.Parameter(torch.empty(shape, device=reference.device, dtype=dtype))
+    return nn.Parameter(torch.empty(shape, device=site.device, dtype=dtype))
 
 
 def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> None:

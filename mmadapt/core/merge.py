@@ -80,6 +80,8 @@ def _folded(bank: Bank, name: str) -> dict[tuple[nn.Module, str], Tensor]:
     """New values of every parameter the attachment changes; nothing is written yet."""
     import torch
 
+    from mmadapt.core.host import why_not_plain
+
     values: dict[tuple[nn.Module, str], Tensor] = {}
     with torch.no_grad():
         for key, layer in bank.layers_of(name):
@@ -89,6 +91,12 @@ def _folded(bank: Bank, name: str) -> dict[tuple[nn.Module, str], Tensor]:
                     f"{type(layer).__name__} at {site.name} cannot be merged: the site stands for no "
                     "weight",
                     "methods on linear layers merge, such as LoRA",
+                )
+            reason = why_not_plain(getattr(site.holder, site.parameter))
+            if reason:
+                raise MergeError(
+                    f"{type(layer).__name__} at {site.name} cannot be merged into its weight: {reason}",
+                    "keep it attached",
                 )
             start, stop = site.rows
             bias_name = _bias_name(site)

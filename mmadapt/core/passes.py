@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,22 +36,38 @@ class TapHook:
 
 
 class Begin:
-    """Starts a forward pass at the root, and at each tower whose inputs say something layers want."""
+    """Starts a forward pass at the root or a tower, with what its inputs say that layers want."""
 
     def __init__(
-        self, forwards: Forwards, root: bool, fill: Callable[..., dict[str, Any]] | None
+        self,
+        forwards: Forwards,
+        fill: Callable[..., dict[str, Any]] | None,
+        statistics: Mapping[str, nn.Module],
     ) -> None:
         self.forwards = forwards
-        self.root = root
         self.fill = fill
+        #: batch norms below, whose running statistics belong to the frozen backbone
+        self.statistics = statistics
         #: facts that active layers ask for; without any a tower tells none
         self.wanted: frozenset[str] = frozenset()
         self.before: list[Context] = []
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        compiling = torch.compiler.is_compiling()
+        if self.statistics and not compiling:
+            self._check_statistics()
         facts = self.fill(module, args, kwargs) if self.wanted and self.fill else None
-        if facts is not None or (self.root and not torch.compiler.is_compiling()):
+        if facts is not None or not compiling:
             self.before.append(self.forwards.begin(facts or {}))
+
+    def _check_statistics(self) -> None:
+        moving = [path for path, norm in self.statistics.items() if norm.training]
+        if moving:
+            raise CheckError(
+                f"{moving[0]!r} and {len(moving) - 1} more batch norms of the frozen backbone are in "
+                "train mode, so this pass would change their running statistics",
+                "model.eval(), or mmadapt.train_mode(model), which leaves only adapters in train mode",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "before": []}

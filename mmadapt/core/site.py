@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mmadapt.errors import SiteError, closest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 PORTS = ("in", "out", "weight", "around")
@@ -65,8 +66,10 @@ class SiteView:
     holder: nn.Module | None = None
     parameter: str = ""
     rows: tuple[int, int] = (0, 0)
-    #: a tensor of the site, for device and dtype
+    #: a tensor of the site, for the dtype
     reference: Tensor | None = field(default=None, repr=False)
+    #: where the site computes
+    device: torch.device | None = None
     #: tap names the layer may pop, by the layer's own word
     taps: dict[str, str] = field(default_factory=dict)
 
