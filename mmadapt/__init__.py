@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mmadapt.core.site import Span
     from mmadapt.core.store import load_adapter, save
     from mmadapt.errors import MmadaptError
+    from mmadapt.train.cache import cached_prefix
     from mmadapt.train.fit import History, fit, train_mode
     from mmadapt.zoo.load import load
 
@@ -63,6 +64,7 @@ _HOMES = {
     "mmadapt.core.site": "Span",
     "mmadapt.core.store": "load_adapter save",
     "mmadapt.errors": "MmadaptError",
+    "mmadapt.train.cache": "cached_prefix",
     "mmadapt.train.fit": "History fit train_mode",
     "mmadapt.zoo.load": "load",
 }

@@ -1,4 +1,4 @@
-"""Frozen features, computed once and kept on disk.
+"""What a frozen backbone computes again and again, computed once: features, and lower layers.
 
 A cached tensor is named by what it depends on: the backbone's weights, its preprocessing and the
 data, each by digest. It is refused when anything upstream of the features trains.
@@ -6,17 +6,21 @@ data, each by digest. It is refused when anything upstream of the features train
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.attached import require_bank
 from mmadapt.core.backbone import unwrap_model
 from mmadapt.errors import AttachError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from mmadapt.train.prefix import PrefixCache
 
 
 def cache_folder() -> Path:
@@ -49,6 +53,48 @@ def data_digest(images: Sequence[Any]) -> str:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(numpy.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def cached_prefix(
+    m: Any, budget: int | str = "1 GB", folder: str | Path | None = None
+) -> Iterator[PrefixCache]:
+    """Inside the block, keep what enters the first adapted layer of every tower, row by row.
+
+    At most `budget` bytes ("500 MB", "4 GB") are kept, in memory, or with a `folder` in memory-mapped
+    files there, which later runs with the same weights go on using; further rows are computed each
+    time. The outputs are those without the cache; compiled code computes everything.
+
+    Raises `AttachError` where there is nothing to keep (an adapter acts in or before the first layer,
+    a backbone tensor before it trains), and `CheckError` when a pass would be wrong: dropout or batch
+    norms in train mode, weights that changed, adapters that became active further down, or a model
+    whose later layers use more of the earlier ones than what enters them.
+
+        with mm.cached_prefix(model, budget="4 GB"):
+            mm.fit(model, train, loss=loss, steps=3000)
+    """
+    from mmadapt.train.prefix import PrefixCache, towers
+    from mmadapt.train.rows import parse_bytes
+
+    model, bank = require_bank(m)
+    limit = parse_bytes(budget)
+    found = towers(model, bank)
+    if not found:
+        raise AttachError(
+            "there is no frozen prefix to keep: the active adapters act in the first layer of every "
+            "tower, or before it",
+            "adapt the top layers only, for example at='vision.layers[-4:].mlp'",
+        )
+    cache = PrefixCache(found)
+    for tower in found:
+        tower.limit = limit // len(found)
+        tower.folder = None if folder is None else Path(folder).expanduser()
+        tower.open()
+    try:
+        yield cache
+    finally:
+        for tower in found:
+            tower.close()
 
 
 def _bytes(tensor: Tensor) -> bytes:
