@@ -345,7 +345,8 @@ class ScaleShift(Adapter):
     """A trained scale and shift per channel, y·γ + β, behind every operation (SSF, Lian et al. 2022).
 
     Starts at γ = 1 and β = 0; `start="published"` draws them from N(1, 0.02²) and N(0, 0.02²). By
-    default it stands at those norms, projections and linears of a block that the backbone calls.
+    default it stands at the patch embedding, at the norms, and at those projections and linears of a
+    block that the backbone calls.
     It replaces its site's output, so two of them stack and do not sum. Merges exactly into the
     linear or norm it stands behind.
 
@@ -364,6 +365,9 @@ class ScaleShift(Adapter):
         "*.layers[*].norm2",
         "*.layers[*].mlp.up",
         "*.layers[*].mlp.down",
+        "*.patches",
+        "*.embeddings.norm",
+        "*.norm",
     )
     not_identity: ClassVar[str] = 'start="published" draws the scales and shifts'
     source: ClassVar[str] = "Lian et al. 2022, arXiv:2210.08823"
