@@ -27,7 +27,10 @@ FAMILIES = {
 }
 
 #: roles that every tower of transformer blocks has
-BLOCK = ("", ".attn", ".attn.q", ".attn.k", ".attn.v", ".attn.o", ".mlp", ".mlp.up", ".mlp.down")
+BLOCK = (
+    *("", ".attn", ".attn.q", ".attn.k", ".attn.v", ".attn.o", ".mlp", ".mlp.up", ".mlp.down"),
+    *(".norm1", ".norm2", ".norm1.bias", ".attn.q.bias", ".attn.v.bias", ".mlp.up.bias"),
+)
 
 
 def outputs(name: str, model: Any) -> tuple[Tensor, ...]:
@@ -89,15 +92,13 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
         if "out" not in span.ports:
             continue
         y = output if isinstance(output, Tensor) else output[span.y]
-        assert y.shape[-1] == view.width * span.block[1], role
+        axis = span.layout.index("C") if "C" in span.layout else -1
+        assert y.ndim == len(span.layout), role
+        assert y.shape[axis] == view.width * span.block[1], role
         position, bar, keyword = span.x.partition("|")
         if bar and span.layout != "BD":  # pooled features come from pixels or tokens
             x = args[int(position)] if len(args) > int(position) else kwargs[keyword]
-            assert x.shape[-1] == view.width_in, role
-    for index in range(2):
-        for template in anatomy.taps.values():
-            path = template.replace("{i}", str(index)).partition(":")[0]
-            assert isinstance(model.get_submodule(path), nn.LayerNorm)
+            assert x.shape[axis] == view.width_in, role
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -111,6 +112,83 @@ def test_the_facts_are_plain_and_the_same_while_something_is_attached(name: str)
     assert json.loads(json.dumps(before)) == before
     mm.attach(model, mm.Bottleneck(2))
     assert facts(model) == before
+
+
+# -- norms, biases, patches ----------------------------------------------------------------------
+
+
+def timm_vit_b() -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.device("meta"):
+        return VisionTransformer(num_classes=0)
+
+
+def hf_vit_b() -> Any:
+    from transformers import ViTConfig, ViTModel
+
+    with torch.device("meta"):
+        return ViTModel(ViTConfig(), add_pooling_layer=False)
+
+
+@pytest.mark.parametrize("build", [timm_vit_b, hf_vit_b])
+def test_scale_shift_in_vit_b_has_the_published_size(build: Any) -> None:
+    """Lian et al. 2022: a scale and a shift behind every operation of ViT-B/16."""
+    sizes = {r["site"]: r["parameters"] for r in mm.plan(build(), mm.ScaleShift()).records()}
+    block = [size for site, size in sizes.items() if site.startswith("vision.layers[3].")]
+    assert len(block) == 8
+    assert sum(block) == 16_896
+    assert sizes["vision.patches:out"] == sizes["vision.norm:out"] == 1_536
+    assert sum(sizes.values()) == 12 * 16_896 + 3_072
+
+
+@pytest.mark.parametrize("build", [timm_vit_b, hf_vit_b])
+def test_every_bias_of_vit_b_can_be_unlocked(build: Any) -> None:
+    model = build()
+    at = ["*.layers[*].attn.*.bias", "*.layers[*].mlp.*.bias", "*.layers[*].*.bias", "*.*.bias"]
+    unlocked = sum(record["parameters"] for record in mm.plan(model, mm.Unlock(), at).records())
+    assert unlocked == sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+LIBRARIES = ("open_clip", "hf_clip", "hf_vit", "timm_vit", "open_clip_timm", "hf_siglip", "hf_bert")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_unlocked_norms_and_biases_are_the_backbones_tensors_moved(name: str) -> None:
+    tiny = BACKBONES[name]
+    model, moved = tiny.fresh(), tiny.fresh()
+    at = ["*.layers[*].norm1", "*.layers[*].norm2", "*.layers[*].*.bias"]
+    at += ["*.layers[*].attn.*.bias", "*.layers[*].mlp.*.bias"]
+    attachment = randomise(mm.attach(model, mm.Unlock(), at=at), 0.3, 5)
+    anatomy = find_anatomy(moved)
+    spans = anatomy.roles(moved)
+    with torch.no_grad():
+        for key, layer in attachment.layers.items():
+            role = key.partition("/")[2].partition(":")[0]
+            view = anatomy.view(moved, role, "weight", spans[role])
+            moved.get_parameter(spans[role].weight)[slice(*view.rows)] += layer.change
+    expected = outputs(name, moved)
+    assert differences(outputs(name, tiny.fresh()), expected) > 1e-2
+    assert_close(outputs(name, model), expected, 1e-5)
+    mm.merge(model)
+    assert_close(outputs(name, model), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert"])
+def test_scales_and_shifts_behind_every_operation_merge(name: str) -> None:
+    model = BACKBONES[name].fresh()
+    bare = outputs(name, BACKBONES[name].fresh())
+    randomise(mm.attach(model, mm.ScaleShift()), 0.1, 5)
+    adapted = outputs(name, model)
+    assert differences(adapted, bare) > 1e-2
+    mm.merge(model)
+    assert_close(outputs(name, model), adapted, 1e-5)
+
+
+def test_a_method_for_matrices_refuses_norms_and_biases() -> None:
+    for role in ("norm1", "norm1.bias", "mlp.up.bias"):
+        with pytest.raises(mm.errors.AdapterError, match="stands for a vector of"):
+            mm.attach(BACKBONES["timm_vit"].fresh(), mm.LoRA(1), at=f"vision.layers[*].{role}")
 
 
 # -- fused rows -----------------------------------------------------------------------------------

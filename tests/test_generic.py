@@ -14,7 +14,7 @@ from snapshot import assert_close, assert_equal, differ, flags, hook_tables, ran
 from torch import Tensor, nn
 
 import mmadapt as mm
-from mmadapt.backbones.generic import find_blocks
+from mmadapt.backbones.repeated import find_blocks
 from mmadapt.core.anatomy import Anatomy, find_anatomy
 
 SIZE = 32
@@ -146,6 +146,10 @@ def test_a_block_is_named_by_its_place_and_its_parts_by_their_paths() -> None:
         "blocks[1].attn.q",
         "blocks[1].attn.k",
         "blocks[1].attn.v",
+        "blocks[1].norm1",
+        "blocks[1].norm2",
+        *(f"blocks[1].{name}.bias" for name in ("attn.out_proj", "mlp._0", "mlp._2")),
+        *(f"blocks[1].{name}.bias" for name in ("attn.q", "attn.k", "attn.v", "norm1", "norm2")),
     ]
     assert found["blocks[1].attn.out_proj"].ports == (
         "weight",
@@ -351,7 +355,12 @@ def test_paths_given_by_hand_become_roles() -> None:
         "layers[1].norm",
         "layers[0].attn.o",
         "embed",
+        "layers[0].norm.bias",
+        "layers[1].norm.bias",
+        "layers[0].attn.o.bias",
+        "embed.bias",
     ]
+    assert found["layers[1].norm"].ports == ("out", "in", "weight")
     assert found["layers[0].attn.o"].ports == ("weight",)
     assert found["layers[0].attn.o"].module == "body.0.attn"
     backbone = mm.Backbone(model, anatomy=anatomy)

@@ -73,6 +73,13 @@ def test_a_star_stands_for_one_word() -> None:
     assert chosen("*.*") == ["vision.pooled"]
 
 
+def test_a_bias_is_selected_by_its_word_alone() -> None:
+    roles = ["layers[0].norm", "layers[0].norm.bias", "layers[0].mlp.up", "layers[0].mlp.up.bias"]
+    assert match_roles("layers[*].*.*", roles)[0] == ["layers[0].mlp.up"]
+    assert match_roles("layers[*].*.bias", roles)[0] == ["layers[0].norm.bias"]
+    assert match_roles("layers[*].*.*.bias", roles)[0] == ["layers[0].mlp.up.bias"]
+
+
 def test_a_negative_index_counts_from_the_end_of_each_tower() -> None:
     assert chosen("*.layers[-1].mlp") == ["vision.layers[3].mlp", "text.layers[1].mlp"]
 
@@ -249,8 +256,10 @@ def test_the_table_of_sites_counts_every_role_once(name: str) -> None:
     model = BACKBONES[name].fresh()
     spans = find_anatomy(model).roles(model)
     table = mm.sites(model)
-    assert sum(record["sites"] for record in table.records()) == len(spans)
-    assert f"{len(spans)} roles" in table.title
+    biases = [role for role in spans if role.endswith(".bias")]
+    assert sum(record["sites"] for record in table.records()) == len(spans) - len(biases)
+    assert f"{len(spans) - len(biases)} roles" in table.title
+    assert [note.split()[0] for note in table.notes] == ([f"{len(biases)}"] if biases else [])
 
 
 def test_the_table_of_sites_lists_what_a_pattern_selects() -> None:

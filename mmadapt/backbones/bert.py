@@ -3,15 +3,14 @@
 A block computes h = LayerNorm(x + attn(x)), then LayerNorm(h + mlp(h)). The roles `attn` and `mlp`
 are the branches as Houlsby et al. 2019 adapt them: after their last linear, before the sum and its
 LayerNorm. That linear is their module, so `attn` and `attn.o` meet in one place, `mlp` and
-`mlp.down` too. What `mlp` reads is h (the tap `norm1`); what `attn` reads is its last linear's
-input, the concatenated heads, since no call inside the block has x alone.
+`mlp.down` too. What they read is the stream before the branch (the tap `residual`): x, and h.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import linear, linears, logits, norm_taps
+from mmadapt.backbones.blocks import linear, linears, logits, norm, norms
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
@@ -30,25 +29,26 @@ def bert_anatomy(model: nn.Module) -> Anatomy:
         family="bert",
         spans={
             role: Span(block, channels=f"{block}.output.LayerNorm.weight"),
-            f"{role}.attn": Span(
-                mixed,
-                ("out",),
-                x="0|input",
-                channels=f"{mixed}.weight@0",
-                channels_in=f"{mixed}.weight@1",
-            ),
+            f"{role}.attn": Span(mixed, ("out",), x="tap:residual", channels=f"{mixed}.weight@0"),
             **linears(f"{role}.attn", f"{block}.attention.self", words),
             f"{role}.attn.o": linear(mixed),
-            f"{role}.mlp": Span(down, ("out",), x="tap:norm1", channels=f"{down}.weight@0"),
+            f"{role}.mlp": Span(down, ("out",), x="tap:residual", channels=f"{down}.weight@0"),
             f"{role}.mlp.up": linear(f"{block}.intermediate.dense"),
             f"{role}.mlp.down": linear(down),
+            **norms(role, block, "attention.output.LayerNorm", "output.LayerNorm"),
+            "text.embeddings.norm": norm(f"{inner}embeddings.LayerNorm"),
             "text.pooled": Span(
                 f"{inner}pooler", channels=f"{inner}pooler.dense.weight", layout="BD"
             ),
             "logits": logits("classifier", "BK" if f"{inner}pooler" in _names(model) else "BTK"),
         },
         towers={"text": inner.rstrip(".")},
-        taps=norm_taps("text", path, "attention.output.LayerNorm", "output.LayerNorm"),
+        taps={
+            f"{role}.norm1": f"{block}.attention.output.LayerNorm:out",
+            f"{role}.norm2": f"{block}.output.LayerNorm:out",
+            f"{role}.attn.residual": f"{block}.attention.self.query:in",
+            f"{role}.mlp.residual": f"{block}.attention.output.LayerNorm:out",
+        },
         facts=_facts,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import hf_layers, logits, norm_taps
+from mmadapt.backbones.blocks import block_taps, hf_layers, logits, norm, patches
 from mmadapt.backbones.clip import hf_image, hf_text
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
@@ -21,16 +21,17 @@ def siglip_anatomy(model: nn.Module) -> Anatomy:
         family="siglip",
         spans={
             **hf_layers("vision", vision),
-            "vision.pooled": _pooled("vision_model.head"),
+            **_vision_ends("vision_model."),
             **hf_layers("text", text),
+            "text.norm": norm("text_model.final_layer_norm"),
             "text.pooled": Span(
                 "text_model.head", x="0|input", channels="text_model.head.weight", layout="BD"
             ),
         },
         towers={"vision": "vision_model", "text": "text_model"},
         taps={
-            **norm_taps("vision", vision, "layer_norm1", "layer_norm2"),
-            **norm_taps("text", text, "layer_norm1", "layer_norm2"),
+            **block_taps("vision", vision, "layer_norm1", "layer_norm2"),
+            **block_taps("text", text, "layer_norm1", "layer_norm2"),
         },
         facts=_facts,
         encode={"image": hf_image, "text": hf_text},
@@ -46,18 +47,26 @@ def siglip_vision_anatomy(model: nn.Module) -> Anatomy:
         family="siglip-vision",
         spans={
             **hf_layers("vision", layers),
-            "vision.pooled": _pooled(f"{inner}head"),
+            **_vision_ends(inner),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", layers, "layer_norm1", "layer_norm2"),
+        taps=block_taps("vision", layers, "layer_norm1", "layer_norm2"),
         facts=_vision_facts,
         encode={} if classifies else {"image": _pool},
     )
 
 
-def _pooled(head: str) -> Span:
-    return Span(head, x="0|hidden_state", channels=f"{head}.layernorm.weight", layout="BD")
+def _vision_ends(inner: str) -> dict[str, Span]:
+    """What stands before and behind the vision tower's blocks."""
+    head = f"{inner}head"
+    return {
+        "vision.patches": patches(f"{inner}embeddings.patch_embedding"),
+        "vision.norm": norm(f"{inner}post_layernorm"),
+        "vision.pooled": Span(
+            head, x="0|hidden_state", channels=f"{head}.layernorm.weight", layout="BD"
+        ),
+    }
 
 
 def _pool(model: Any, pixels: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import activation_name, linears, logits, norm_taps, timm_layers
+from mmadapt.backbones.blocks import (
+    activation_name,
+    block_taps,
+    linears,
+    logits,
+    norm,
+    norms,
+    patches,
+    timm_layers,
+)
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
@@ -34,10 +43,13 @@ def vit_anatomy(model: nn.Module) -> Anatomy:
             ),
             "vision.layers[i].mlp": Span(f"{block}.mlp", channels=channels),
             **linears("vision.layers[i].mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+            **norms("vision.layers[i]", block, "layernorm_before", "layernorm_after"),
+            "vision.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
+            "vision.norm": norm(f"{inner}layernorm"),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", tower, "layernorm_before", "layernorm_after"),
+        taps=block_taps("vision", tower, "layernorm_before", "layernorm_after"),
         facts=_vit_facts,
     )
 
@@ -89,10 +101,13 @@ def dinov2_anatomy(model: nn.Module) -> Anatomy:
             **linears(f"{role}.attn", f"{block}.attention", attention),
             f"{role}.mlp": Span(f"{block}.mlp", x="0|hidden_state", channels=channels),
             **linears(f"{role}.mlp", f"{block}.mlp", mlp),
+            **norms(role, block, "norm1", "norm2"),
+            "vision.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
+            "vision.norm": norm(f"{inner}layernorm"),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", path, "norm1", "norm2"),
+        taps=block_taps("vision", path, "norm1", "norm2"),
         facts=_dinov2_facts,
     )
 
@@ -117,6 +132,7 @@ def timm_vit_anatomy(model: nn.Module) -> Anatomy:
     from torch import nn
 
     spans = timm_layers("vision", "blocks")
+    spans.update(timm_ends(model))
     spans["vision.pooled"] = Span(
         "head_drop", x="0|input", channels="blocks.0.norm1.weight", layout="BD"
     )
@@ -126,9 +142,18 @@ def timm_vit_anatomy(model: nn.Module) -> Anatomy:
         family="timm-vit",
         spans=spans,
         towers={"vision": ""},
-        taps=norm_taps("vision", "blocks", "norm1", "norm2"),
+        taps=block_taps("vision", "blocks", "norm1", "norm2"),
         facts=timm_facts,
     )
+
+
+def timm_ends(model: Any, path: str = "") -> dict[str, Span]:
+    """What stands before and behind the blocks of a timm vision transformer."""
+    averaged = getattr(model.norm, "weight", None) is None  # then the norm follows the pooling
+    return {
+        "vision.patches": patches(f"{path}patch_embed.proj"),
+        "vision.norm": norm(f"{path}fc_norm", "BD") if averaged else norm(f"{path}norm"),
+    }
 
 
 def timm_facts(model: Any) -> dict[str, Any]:

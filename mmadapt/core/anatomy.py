@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.site import SiteView, Span
+from mmadapt.core.site import BIAS, SiteView, Span
 from mmadapt.errors import SiteError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Anatomy:
     spans: Mapping[str, Span]
     #: per tower, the module whose call runs all of the tower's blocks
     towers: Mapping[str, str] = field(default_factory=dict)
-    #: read-only taps: role -> "module path:out"
+    #: read-only taps: role -> "module path:out" or, for what the module is given, "module path:in"
     taps: Mapping[str, str] = field(default_factory=dict)
     #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
     facts: Callable[[Any], dict[str, Any]] | None = None
@@ -53,14 +53,15 @@ class Anatomy:
         return importlib.import_module("mmadapt.backbones.generic").named(model, paths)
 
     def roles(self, model: nn.Module) -> dict[str, Span]:
-        """Every role this model really has, with its span, in the order of the table."""
+        """Every role this model really has, with its span: those of the table, then their biases."""
         found: dict[str, Span] = {}
         for role, span in self.spans.items():
             for index in _indices(model, span.module) if "[i]" in role else (None,):
                 concrete = _at(span, index)
                 if _has(model, concrete):
                     found[role.replace("[i]", f"[{index}]")] = concrete
-        return found
+        biases = {f"{role}.{BIAS}": _bias(model, span) for role, span in found.items()}
+        return found | {role: span for role, span in biases.items() if span is not None}
 
     def view(self, model: nn.Module, role: str, port: str, span: Span) -> SiteView:
         """The site `role:port` of `model`, with its module, widths and weight looked up."""
@@ -72,7 +73,8 @@ class Anatomy:
             path, _, parameter = span.weight.rpartition(".")
             holder = model.get_submodule(path)
             reference = weight = holder.get_parameter(parameter)
-            width, width_in = weight.shape[0] // span.block[1], weight[:1].numel()
+            width = weight.shape[0] // span.block[1]
+            width_in = weight[:1].numel() if weight.ndim > 1 else width
             rows = (span.block[0] * width, (span.block[0] + 1) * width)
         if span.channels:
             reference, width = _sized(model, span.channels)
@@ -93,10 +95,14 @@ class Anatomy:
         )
 
     def tap(self, role: str, name: str) -> tuple[str, str]:
-        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out")."""
-        block, _, _ = role.rpartition("]")
-        index = block.rpartition("[")[2]
-        for wanted in (f"{block}].{name}" if block else name, name):
+        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out").
+
+        The nearest one counts: a role's own, then that of the module around it, up to the model's.
+        """
+        index = role.rpartition("]")[0].rpartition("[")[2]
+        words = role.split(".")
+        for depth in range(len(words), -1, -1):
+            wanted = ".".join([*words[:depth], name])
             template = wanted.replace(f"[{index}]", "[i]") if index else wanted
             if template in self.taps:
                 return wanted, self.taps[template].replace("{i}", index)
@@ -130,6 +136,22 @@ def _at(span: Span, index: int | None) -> Span:
         channels_in=put(span.channels_in),
         weight=put(span.weight),
     )
+
+
+def _bias(model: nn.Module, span: Span) -> Span | None:
+    """The bias beside the span's weight, with the same share of its rows; None without one."""
+    path, _, parameter = span.weight.rpartition(".")
+    name = bias_name(parameter)
+    if not name or getattr(model.get_submodule(path), name, None) is None:
+        return None
+    where = f"{path}.{name}" if path else name
+    return Span(span.module, ("weight",), layout=span.layout, weight=where, block=span.block)
+
+
+def bias_name(parameter: str) -> str:
+    """What the bias beside a weight is called: "in_proj_bias" beside "in_proj_weight"."""
+    stem = parameter.removesuffix("weight")
+    return f"{stem}bias" if stem != parameter else ""
 
 
 def _sized(model: nn.Module, where: str) -> tuple[Tensor, int]:

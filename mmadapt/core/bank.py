@@ -14,6 +14,7 @@ from mmadapt.core.context import Context
 from mmadapt.core.dispatch import (
     FirstForward,
     InHook,
+    InputTapHook,
     OutHook,
     SiteHook,
     TapHook,
@@ -112,9 +113,15 @@ class Bank(nn.Module):
         """Put one dispatcher at `site`, if none stands there, and the taps its layers read."""
         for tap, path in taps.items():
             if tap not in self.tap_hooks:
-                module = self._root.get_submodule(path.partition(":")[0])
-                self.tap_hooks[tap] = TapHook(tap, self.context)
-                self.handles[f"tap {tap}"] = [module.register_forward_hook(self.tap_hooks[tap])]
+                where, _, end = path.partition(":")
+                module = self._root.get_submodule(where)
+                if end == "in":
+                    hook = self.tap_hooks[tap] = InputTapHook(tap, self.context)
+                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                else:
+                    hook = self.tap_hooks[tap] = TapHook(tap, self.context)
+                    handle = module.register_forward_hook(hook)
+                self.handles[f"tap {tap}"] = [handle]
         if site.name in self.hooks:
             self.hooks[site.name].site.taps.update(site.taps)
             return

@@ -221,6 +221,15 @@ class TapHook:
             self.context.leave(self.name, value, self.readers)
 
 
+class InputTapHook(TapHook):
+    """Leaves the first argument of a module's call, as it is after every adapter before it."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.readers:
+            value = args[0] if args else next(iter(kwargs.values()))
+            self.context.leave(self.name, value, self.readers)
+
+
 class FirstForward:
     """Runs after a tower's first call: every active site below it must have fired, then it leaves.
 

@@ -2,7 +2,9 @@
 
 A site's name is a role and a port: `vision.layers[3].mlp:out`. A pattern is a name whose indices
 may be slices and whose words may be `*`: `vision.layers[-6:].mlp:out`, `*.layers[*].attn.q`.
-Without a port, a pattern takes the first port of the adapter that the role offers.
+Without a port, a pattern takes the first port of the adapter that the role offers. The bias beside a
+role's weight is a role of its own, `vision.layers[3].attn.q.bias`, and has to be named: `*` stands
+for every word but `bias`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PORTS = ("in", "out", "weight")
+BIAS = "bias"
 
 _WORD = re.compile(r"(\*|[A-Za-z_][A-Za-z0-9_]*)(?:\[([^\[\]]*)\])?\Z")
 _SELECTOR = re.compile(r"\*|-?\d+|(-?\d+)?:(-?\d+)?(:-?[1-9]\d*)?")
@@ -142,7 +145,9 @@ def match_roles(pattern: str, roles: Iterable[str]) -> tuple[list[str], str | No
         if len(parts) != len(words):
             return False
         for depth, ((word, index), (wanted, selector)) in enumerate(zip(parts, words, strict=True)):
-            if wanted not in ("*", word) or (index is None) != (selector is None):
+            if wanted != word and (wanted != "*" or word == BIAS):
+                return False
+            if (index is None) != (selector is None):
                 return False
             if index is not None and selector is not None:
                 if not _selected(selector, index, lengths[(*parts[:depth], word)]):
@@ -182,7 +187,8 @@ def select(
 
 def nothing_matched(pattern: str, spans: Mapping[str, Span]) -> SiteError:
     """The error for a pattern that selects no role, with the nearest roles."""
-    general = list(dict.fromkeys(re.sub(r"\[\d+\]", "[*]", role) for role in spans))
+    named = [role for role in spans if BIAS in pattern or not role.endswith(f".{BIAS}")]
+    general = list(dict.fromkeys(re.sub(r"\[\d+\]", "[*]", role) for role in named))
     bare = re.sub(r"\[[^\]]*\]", "[*]", pattern.rpartition("]")[0] + "]") if "]" in pattern else ""
     wanted = (bare + pattern.rpartition("]")[2]) if bare else pattern
     wanted = re.sub(r":\w+$", "", wanted)
