@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import mmadapt as mm
 from mmadapt.core.anatomy import find_anatomy
+from mmadapt.core.layer import Layer, empty
 
 FAMILIES = {
     "timm_vit": "timm-vit",
@@ -191,6 +194,70 @@ def test_a_method_for_matrices_refuses_norms_and_biases() -> None:
             mm.attach(BACKBONES["timm_vit"].fresh(), mm.LoRA(1), at=f"vision.layers[*].{role}")
 
 
+# -- the raw residual stream ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Raw(mm.Adapter):
+    """y + gate · the residual stream before the branch's norm."""
+
+    method: ClassVar[str] = "handmade_raw"
+    layer: ClassVar[str] = f"{__name__}:RawLayer"
+
+
+class RawLayer(Layer):
+    """Parameters: gate (C,)."""
+
+    taps: ClassVar[tuple[str, ...]] = ("residual",)
+
+    def __init__(self, adapter: Raw, site: Any, generator: torch.Generator) -> None:
+        super().__init__()
+        self.gate = empty(site, site.width)
+        nn.init.zeros_(self.gate)
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Any, site: Any) -> Tensor:
+        return acc + self.gate * context.read(site.taps["residual"])
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("word", ["attn", "mlp"])
+def test_a_branch_may_read_the_stream_its_norm_has_not_seen(name: str, word: str) -> None:
+    """The straight way: keep the block's input, or what the block adds its second branch to."""
+    tiny = BACKBONES[name]
+    model, straight = tiny.fresh(), tiny.fresh()
+    tower = "text" if name == "hf_bert" else "vision"
+    at = f"{tower}.layers[1].{word}"
+    (layer,) = randomise(mm.attach(model, Raw(), at=at), 0.3, 5).layers.values()
+    roles = find_anatomy(straight).roles(straight)
+    kept: dict[str, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kept["stream"] = args[0] if args else next(iter(kwargs.values()))
+
+    def keep_output(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept["stream"] = output
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        whole = not isinstance(output, Tensor)
+        changed = (output[0] if whole else output) + layer.gate * kept["stream"]
+        return (changed, *output[1:]) if whole else changed
+
+    block = straight.get_submodule(roles[f"{tower}.layers[1]"].module)
+    middle = straight.get_submodule(roles[f"{tower}.layers[1].norm{1 if tower == 'text' else 2}"].module)
+    if word == "attn":
+        block.register_forward_pre_hook(keep_input, with_kwargs=True)
+    elif tower == "text":
+        middle.register_forward_hook(keep_output)
+    else:
+        middle.register_forward_pre_hook(keep_input, with_kwargs=True)
+    straight.get_submodule(roles[at].module).register_forward_hook(add)
+    expected = outputs(name, straight)
+    assert differences(outputs(name, tiny.fresh()), expected) > 1e-2
+    assert_close(outputs(name, model), expected, 1e-6)
+    assert_close(outputs(name, copy.deepcopy(model)), expected, 1e-6)
+    assert_equal(outputs(name, model), outputs(name, model))  # nothing is left for the next call
+
+
 # -- fused rows -----------------------------------------------------------------------------------
 
 
@@ -309,21 +376,24 @@ def test_berts_branches_are_met_where_houlsby_puts_adapters() -> None:
     assert_close(outputs("hf_bert", model), expected, 1e-6)
 
 
-def test_a_parallel_adapter_at_berts_mlp_reads_what_the_mlp_reads() -> None:
+@pytest.mark.parametrize("word", ["attn", "mlp"])
+def test_a_parallel_adapter_in_bert_reads_what_its_branch_reads(word: str) -> None:
     tiny = BACKBONES["hf_bert"]
     model: Any = tiny.fresh()
     adapter = mm.Bottleneck(4, placement="parallel")
-    attachment = randomise(mm.attach(model, adapter, at="text.layers[0].mlp"), 0.3, 5)
+    attachment = randomise(mm.attach(model, adapter, at=f"text.layers[0].{word}"), 0.3, 5)
     layer: Any = next(iter(attachment.layers.values()))
     assert layer.down.shape == (4, WIDTH)
     caught: dict[str, Tensor] = {}
     block = model.encoder.layer[0]
-    block.intermediate.register_forward_pre_hook(lambda m, args: caught.update(x=args[0]))
-    block.output.dense.register_forward_hook(lambda m, args, y: caught.update(h=args[0], y=y))
+    reads = block.intermediate if word == "mlp" else block.attention.self.key
+    dense = block.output.dense if word == "mlp" else block.attention.output.dense
+    reads.register_forward_pre_hook(lambda m, args: caught.update(x=args[0]))
+    dense.register_forward_hook(lambda m, args, y: caught.update(h=args[0], y=y))
     outputs("hf_bert", model)
     with torch.no_grad():
         inner = nn.functional.gelu(caught["x"] @ layer.down.T + layer.down_bias)
-        expected = caught["h"] @ block.output.dense.weight.T + block.output.dense.bias
+        expected = caught["h"] @ dense.weight.T + dense.bias
         expected = expected + inner @ layer.up.T + layer.up_bias
     assert_close((caught["y"],), (expected,), 1e-6)
 
@@ -380,12 +450,12 @@ def test_siglip_embeds_images_and_texts_through_its_pooled_sites(name: str) -> N
 
 
 @pytest.mark.slow
-def test_shares_of_a_fused_linear_compile_and_export() -> None:
+def test_shares_of_a_fused_linear_and_raw_taps_compile_and_export() -> None:
     tiny = BACKBONES["timm_vit"]
     model: Any = tiny.fresh()
     compiled = torch.compile(model, backend="aot_eager")
     bare = outputs("timm_vit", compiled)
-    randomise(mm.attach(model, mm.LoRA(2)), 0.3, 5)
+    randomise(mm.attach(model, (mm.LoRA(2), Raw(at="vision.layers[*].mlp"))), 0.3, 5)
     adapted = outputs("timm_vit", model)
     assert_close(outputs("timm_vit", compiled), adapted, 1e-6)
     mm.set_active(model)

@@ -55,12 +55,13 @@ class Anatomy:
     def roles(self, model: nn.Module) -> dict[str, Span]:
         """Every role this model really has, with its span: those of the table, then their biases."""
         found: dict[str, Span] = {}
+        find = dict(model.named_modules(remove_duplicate=False)).__getitem__
         for role, span in self.spans.items():
-            for index in _indices(model, span.module) if "[i]" in role else (None,):
+            for index in _indices(find, span.module) if "[i]" in role else (None,):
                 concrete = _at(span, index)
-                if _has(model, concrete):
+                if _has(find, concrete):
                     found[role.replace("[i]", f"[{index}]")] = concrete
-        biases = {f"{role}.{BIAS}": _bias(model, span) for role, span in found.items()}
+        biases = {f"{role}.{BIAS}": _bias(find, span) for role, span in found.items()}
         return found | {role: span for role, span in biases.items() if span is not None}
 
     def view(self, model: nn.Module, role: str, port: str, span: Span) -> SiteView:
@@ -77,10 +78,10 @@ class Anatomy:
             width_in = weight[:1].numel() if weight.ndim > 1 else width
             rows = (span.block[0] * width, (span.block[0] + 1) * width)
         if span.channels:
-            reference, width = _sized(model, span.channels)
+            reference, width = _sized(model.get_submodule, span.channels)
             width_in = width
         if span.channels_in:
-            _, width_in = _sized(model, span.channels_in)
+            _, width_in = _sized(model.get_submodule, span.channels_in)
         return SiteView(
             name=f"{role}:{port}",
             port=port,
@@ -112,12 +113,15 @@ class Anatomy:
         )
 
 
-def _indices(model: nn.Module, path: str) -> range:
+_Find = Callable[[str], "nn.Module"]  # the module at a path
+
+
+def _indices(find: _Find, path: str) -> range:
     """Indices of the repeated blocks that `{i}` in `path` stands for; empty where there are none."""
     container, _, _ = path.partition(".{i}")
     try:
-        return range(len(list(model.get_submodule(container).children())))
-    except AttributeError:
+        return range(len(list(find(container).children())))
+    except KeyError:
         return range(0)
 
 
@@ -138,11 +142,11 @@ def _at(span: Span, index: int | None) -> Span:
     )
 
 
-def _bias(model: nn.Module, span: Span) -> Span | None:
+def _bias(find: _Find, span: Span) -> Span | None:
     """The bias beside the span's weight, with the same share of its rows; None without one."""
     path, _, parameter = span.weight.rpartition(".")
     name = bias_name(parameter)
-    if not name or getattr(model.get_submodule(path), name, None) is None:
+    if not name or getattr(find(path), name, None) is None:
         return None
     where = f"{path}.{name}" if path else name
     return Span(span.module, ("weight",), layout=span.layout, weight=where, block=span.block)
@@ -154,21 +158,21 @@ def bias_name(parameter: str) -> str:
     return f"{stem}bias" if stem != parameter else ""
 
 
-def _sized(model: nn.Module, where: str) -> tuple[Tensor, int]:
+def _sized(find: _Find, where: str) -> tuple[Tensor, int]:
     """The tensor at "path" or "path@dimension", and its size there."""
     path, _, dimension = where.partition("@")
     owner, _, name = path.rpartition(".")
-    tensor = getattr(model.get_submodule(owner), name)  # a parameter or a buffer
+    tensor = getattr(find(owner), name)  # a parameter or a buffer
     return tensor, tensor.shape[int(dimension or 0)]
 
 
-def _has(model: nn.Module, span: Span) -> bool:
+def _has(find: _Find, span: Span) -> bool:
     try:
-        model.get_submodule(span.module)
+        find(span.module)
         for where in (span.channels, span.channels_in, span.weight):
             if where:
-                _sized(model, where)
-    except (AttributeError, IndexError):
+                _sized(find, where)
+    except (KeyError, AttributeError, IndexError):
         return False
     return True
 
