@@ -486,11 +486,10 @@ class Convpass(Adapter):
     """A bottleneck with a 3 × 3 convolution over the image's patches (Jie and Deng 2022).
 
     Two per block, beside attention and MLP: y + scale·up(dropout(g(conv(g(down(x)))))), g the quick
-    GELU. Tokens are a square grid of patches in reading order, with or without one class token,
-    which is convolved as an image of one pixel. `grid=(rows, columns)` says otherwise, and tokens
-    before the grid then are all treated like a class token: give it for backbones with registers,
-    whose count of tokens may by chance look like another square. `kernel="identity"` starts the
-    convolution as one that does nothing.
+    GELU. Tokens are a square grid of patches in reading order; those before it (class token,
+    registers), as many as the anatomy says, are convolved as images of one pixel.
+    `grid=(rows, columns)` is needed for images that are not square. `kernel="identity"` starts
+    the convolution as one that does nothing.
 
     Parameters per site: 2·C·width + C + width + 9·width² + width.
     """
