@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from backbones import BACKBONES, CLASSES, WIDTH
-from snapshot import assert_close, assert_equal, randomise
+from backbones import BACKBONES, CLASSES, RELATIVES, WIDTH
+from snapshot import assert_close, assert_equal, assert_same_values, hook_tables, randomise, values
 from torch import Tensor, nn
 
 import mmadapt as mm
 from mmadapt.core.anatomy import find_anatomy
 from mmadapt.core.layer import Layer, empty
+
+ALL = {**BACKBONES, **RELATIVES}
 
 FAMILIES = {
     "timm_vit": "timm-vit",
@@ -27,6 +30,18 @@ FAMILIES = {
     "hf_bert_classifier": "bert",
     "timm_swin": "generic",
     "own_transformer": "generic",
+    "hf_roberta": "roberta",
+    "hf_xlm_roberta": "xlm-roberta",
+    "hf_camembert": "camembert",
+    "hf_electra": "electra",
+    "hf_deberta_v2": "deberta-v2",
+    "hf_distilbert": "distilbert",
+    "hf_deit": "deit",
+    "hf_deit_teacher": "deit",
+    "hf_beit": "beit",
+    "hf_vit_mae": "vit_mae",
+    "timm_registers": "timm-vit",
+    "timm_averaged": "timm-vit",
 }
 
 #: roles that every tower of transformer blocks has
@@ -38,7 +53,7 @@ BLOCK = (
 
 def outputs(name: str, model: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return BACKBONES[name].outputs(model)
+        return ALL[name].outputs(model)
 
 
 def differences(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
@@ -50,7 +65,7 @@ def differences(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_family_is_found_by_the_class(name: str) -> None:
-    assert BACKBONES[name].family == FAMILIES[name]
+    assert ALL[name].family == FAMILIES[name]
 
 
 @pytest.mark.parametrize(
@@ -64,10 +79,14 @@ def test_the_family_is_found_by_the_class(name: str) -> None:
         ("hf_dinov2_registers", ("vision",)),
         ("hf_bert", ("text",)),
         ("hf_bert_classifier", ("text",)),
+        *((name, ("text",)) for name in ("hf_roberta", "hf_xlm_roberta", "hf_camembert")),
+        *((name, ("text",)) for name in ("hf_electra", "hf_deberta_v2", "hf_distilbert")),
+        *((name, ("vision",)) for name in ("hf_deit", "hf_deit_teacher", "hf_beit", "hf_vit_mae")),
+        *((name, ("vision",)) for name in ("timm_registers", "timm_averaged")),
     ],
 )
 def test_every_block_has_the_same_roles_in_every_family(name: str, towers: tuple[str, ...]) -> None:
-    model = BACKBONES[name].fresh()
+    model = ALL[name].fresh()
     roles = set(find_anatomy(model).roles(model))
     expected = {f"{t}.layers[{i}]{role}" for t in towers for i in range(2) for role in BLOCK}
     assert expected <= roles
@@ -76,7 +95,7 @@ def test_every_block_has_the_same_roles_in_every_family(name: str, towers: tuple
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> None:
     """A pre-hook and a hook on the role's own module see tensors as wide as the site claims."""
-    model = BACKBONES[name].fresh()
+    model = ALL[name].fresh()
     anatomy = find_anatomy(model)
     roles = anatomy.roles(model)
     seen: dict[str, tuple[Any, Any, Any]] = {}
@@ -108,7 +127,7 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
 def test_the_facts_are_plain_and_the_same_while_something_is_attached(name: str) -> None:
     import json
 
-    model = BACKBONES[name].fresh()
+    model = ALL[name].fresh()
     facts = find_anatomy(model).facts
     assert facts is not None
     before = facts(model)
@@ -256,6 +275,111 @@ def test_a_branch_may_read_the_stream_its_norm_has_not_seen(name: str, word: str
     assert_close(outputs(name, model), expected, 1e-6)
     assert_close(outputs(name, copy.deepcopy(model)), expected, 1e-6)
     assert_equal(outputs(name, model), outputs(name, model))  # nothing is left for the next call
+
+
+# -- relatives of a family --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_adapts_trains_saves_and_leaves(name: str, tmp_path: Path) -> None:
+    tiny = RELATIVES[name]
+    model = tiny.fresh()
+    tables, before = hook_tables(model), values(model)
+    tower = next(iter(find_anatomy(model).towers))
+    block = f"{tower}.layers[*]"
+    branches = (f"{block}.attn", f"{block}.mlp")
+    adapters = [
+        mm.LoRA(2),
+        mm.ScaleShift(at=(f"{block}.norm1", f"{block}.norm2", f"{block}.mlp.up")),
+        mm.Bottleneck(2, placement="parallel", at=branches),
+        mm.Unlock(at=f"{block}.*.bias"),
+    ]
+    attachment = mm.attach(model, adapters)
+    assert_close(outputs(name, model), outputs(name, tiny.fresh()), 1e-6)
+    randomise(attachment, 0.1, 5)
+    with torch.enable_grad():
+        sum((y * y).sum() for y in tiny.outputs(model)).backward()
+    assert all(p.grad is not None for p in attachment.parameters())
+    adapted = outputs(name, model)
+    assert differences(adapted, outputs(name, tiny.fresh())) > 1e-2
+    attachment.save(tmp_path)
+    other = tiny.fresh()
+    mm.load_adapter(other, tmp_path)
+    assert_equal(outputs(name, other), adapted)
+    mm.detach(model)
+    assert hook_tables(model) == tables
+    assert_same_values(before, values(model))
+
+
+# -- tokens before the patches -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("open_clip", 1),
+        ("open_clip_vision", 1),
+        ("open_clip_timm", 0),
+        ("hf_clip", 1),
+        ("hf_clip_vision", 1),
+        ("hf_vit", 1),
+        ("hf_deit", 2),
+        ("hf_beit", 1),
+        ("hf_siglip", 0),
+        ("hf_siglip_vision", 0),
+        ("hf_dinov2", 1),
+        ("hf_dinov2_registers", 5),
+        ("timm_vit", 1),
+        ("timm_registers", 5),
+        ("timm_averaged", 0),
+    ],
+)
+def test_convpass_treats_class_and_register_tokens_apart(name: str, prefix: int) -> None:
+    """Moving one patch moves its neighbours; tokens before the grid see none and none sees them."""
+    model: Any = ALL[name].fresh()
+    attachment = randomise(mm.attach(model, mm.Convpass(4, dropout=0.0), at="vision.layers[0].mlp"))
+    (layer,) = attachment.layers.values()
+    anatomy = find_anatomy(model)
+    span = anatomy.roles(model)["vision.layers[0].mlp"]
+    assert span.prefix == prefix
+    site = anatomy.view(model, "vision.layers[0].mlp", "out", span)
+    x = torch.randn(1, prefix + 4, WIDTH)
+
+    def change(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer.after(torch.zeros_like(x), x, x, None, site)
+
+    for token in range(prefix + 4):
+        moved = x.clone()
+        moved[:, token] += 1
+        seen = set((change(moved) - change(x)).abs().amax(dim=(0, 2)).nonzero().flatten().tolist())
+        assert seen == ({token} if token < prefix else set(range(prefix, prefix + 4)))
+    outputs(name, model)
+
+
+def test_a_grid_that_leaves_other_tokens_over_is_refused() -> None:
+    model = BACKBONES["hf_dinov2_registers"].fresh()
+    mm.attach(model, mm.Convpass(4, grid=(3, 3)))
+    with pytest.raises(mm.errors.AdapterError, match="3 × 3 does not fit the 9 tokens at .* behind 5"):
+        outputs("hf_dinov2_registers", model)
+    mm.attach(model, mm.Convpass(4, grid=(2, 2)), replace=True)
+    outputs("hf_dinov2_registers", model)
+
+
+def test_images_that_are_not_square_need_their_grid_said() -> None:
+    model: Any = BACKBONES["hf_dinov2"].fresh()
+    wide = torch.randn(1, 3, 16, 32)
+    mm.attach(model, mm.Convpass(4))
+    with pytest.raises(mm.errors.AdapterError, match="9 tokens .* no square .* behind 1 others") as e:
+        model(pixel_values=wide)
+    assert "not square" in e.value.hint
+    mm.attach(model, mm.Convpass(4, grid=(2, 4)), replace=True)
+    model(pixel_values=wide)
+
+
+def test_shuffled_patches_are_no_image_to_convolve() -> None:
+    with pytest.raises(mm.errors.AdapterError, match="convolves over image patches"):
+        mm.attach(RELATIVES["hf_vit_mae"].fresh(), mm.Convpass(4))
 
 
 # -- fused rows -----------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from mmadapt.core.site import Span
 
 
@@ -71,7 +74,7 @@ def hf_layers(tower: str, path: str) -> dict[str, Span]:
     }
 
 
-def timm_layers(tower: str, path: str) -> dict[str, Span]:
+def timm_layers(tower: str, path: str, model: Any) -> dict[str, Span]:
     """Pre-norm blocks of timm's vision transformers.
 
     q, k and v share one called linear, `attn.qkv`: each is a third of its output columns.
@@ -87,13 +90,14 @@ def timm_layers(tower: str, path: str) -> dict[str, Span]:
         spans[f"{role}.attn.{word}"] = Span(
             fused, ("out", "weight"), x="0|input", weight=f"{fused}.weight", block=(place, 3)
         )
-    return {
+    spans = {
         **spans,
         f"{role}.attn.o": linear(f"{block}.attn.proj"),
         f"{role}.mlp": Span(f"{block}.mlp", x="0|x", channels=channels),
         **linears(f"{role}.mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
         **norms(role, block, "norm1", "norm2"),
     }
+    return with_prefix(spans, model.num_prefix_tokens)
 
 
 def block_taps(tower: str, path: str, first: str, second: str) -> dict[str, str]:
@@ -108,6 +112,11 @@ def block_taps(tower: str, path: str, first: str, second: str) -> dict[str, str]
         f"{role}.attn.residual": f"{block}.{first}:in",
         f"{role}.mlp.residual": f"{block}.{second}:in",
     }
+
+
+def with_prefix(spans: dict[str, Span], tokens: int) -> dict[str, Span]:
+    """The same spans, where T holds a grid of patches behind so many other tokens."""
+    return {role: replace(span, prefix=tokens) for role, span in spans.items()}
 
 
 def activation_name(module: object) -> str:

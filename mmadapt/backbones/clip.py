@@ -13,6 +13,7 @@ from mmadapt.backbones.blocks import (
     norms,
     patches,
     timm_layers,
+    with_prefix,
 )
 from mmadapt.backbones.vit import timm_ends, timm_facts
 from mmadapt.core.anatomy import Anatomy
@@ -57,12 +58,16 @@ def open_clip_anatomy(model: nn.Module) -> Anatomy:
 
     A timm vision transformer as vision tower (SigLIP and others) is named by timm's own table.
     """
-    timm = _timm_trunk(model.visual) is not None
-    vision = "visual.trunk.blocks" if timm else "visual.transformer.resblocks"
-    layers, norms = (timm_layers, ("norm1", "norm2")) if timm else (_open_clip_layers, _NORMS)
+    trunk = _timm_trunk(model.visual)
+    if trunk is not None:
+        vision, first_last = "visual.trunk.blocks", ("norm1", "norm2")
+        layers = timm_layers("vision", vision, trunk)
+    else:
+        vision, first_last = "visual.transformer.resblocks", _NORMS
+        layers = with_prefix(_open_clip_layers("vision", vision), 1)
     text = "text.transformer" if hasattr(model, "text") else "transformer"
     spans = {
-        **layers("vision", vision),
+        **layers,
         **_open_clip_ends(model.visual, "visual."),
         "vision.pooled": Span("visual", x="0|x", channels=_open_clip_pooled(model), layout="BD"),
         **_open_clip_layers("text", f"{text}.resblocks"),
@@ -77,7 +82,7 @@ def open_clip_anatomy(model: nn.Module) -> Anatomy:
         spans=spans,
         towers={"vision": "visual", "text": text},
         taps={
-            **block_taps("vision", vision, *norms),
+            **block_taps("vision", vision, *first_last),
             **block_taps("text", f"{text}.resblocks", *_NORMS),
         },
         facts=_open_clip_facts,
@@ -90,7 +95,7 @@ def open_clip_vision_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="clip-vision",
         spans={
-            **_open_clip_layers("vision", "transformer.resblocks"),
+            **with_prefix(_open_clip_layers("vision", "transformer.resblocks"), 1),
             **_open_clip_ends(model, ""),
             "vision.pooled": Span("", x="0|x", channels="proj@1", layout="BD"),
         },
@@ -187,7 +192,7 @@ def hf_clip_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="clip",
         spans={
-            **hf_layers("vision", "vision_model.encoder.layers"),
+            **with_prefix(hf_layers("vision", "vision_model.encoder.layers"), 1),
             **_hf_ends("vision_model."),
             **hf_layers("text", "text_model.encoder.layers"),
             "text.norm": norm("text_model.final_layer_norm"),
@@ -210,7 +215,10 @@ def hf_clip_vision_anatomy(model: nn.Module) -> Anatomy:
     inner = "vision_model." if hasattr(model, "vision_model") else ""
     return Anatomy(
         family="clip-vision",
-        spans={**hf_layers("vision", f"{inner}encoder.layers"), **_hf_ends(inner)},
+        spans={
+            **with_prefix(hf_layers("vision", f"{inner}encoder.layers"), 1),
+            **_hf_ends(inner),
+        },
         towers={"vision": inner.rstrip(".")},
         taps=block_taps("vision", f"{inner}encoder.layers", "layer_norm1", "layer_norm2"),
         facts=_hf_vision_facts,

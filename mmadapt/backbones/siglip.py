@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import block_taps, hf_layers, logits, norm, patches
+from mmadapt.backbones.blocks import block_taps, hf_layers, logits, norm, patches, with_prefix
 from mmadapt.backbones.clip import hf_image, hf_text
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
@@ -20,7 +20,7 @@ def siglip_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="siglip",
         spans={
-            **hf_layers("vision", vision),
+            **with_prefix(hf_layers("vision", vision), 0),
             **_vision_ends("vision_model."),
             **hf_layers("text", text),
             "text.norm": norm("text_model.final_layer_norm"),
@@ -46,7 +46,7 @@ def siglip_vision_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="siglip-vision",
         spans={
-            **hf_layers("vision", layers),
+            **with_prefix(hf_layers("vision", layers), 0),
             **_vision_ends(inner),
             "logits": logits("classifier"),
         },

@@ -210,11 +210,39 @@ KNOWN: dict[str, str] = {
         for suffix in ("Model", "ForImageClassification")
     },
     **{
-        f"transformers.models.bert.modeling_bert.Bert{suffix}": "mmadapt.backbones.bert:bert_anatomy"
-        for suffix in ("Model", "ForSequenceClassification", "ForTokenClassification")
+        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
+            f"mmadapt.backbones.bert:{table}_anatomy"
+        )
+        for family, prefix, table in (
+            ("bert", "Bert", "bert"),
+            ("roberta", "Roberta", "bert"),
+            ("xlm_roberta", "XLMRoberta", "bert"),
+            ("camembert", "Camembert", "bert"),
+            ("electra", "Electra", "bert"),
+            ("deberta_v2", "DebertaV2", "deberta"),
+            ("distilbert", "DistilBert", "distilbert"),
+        )
+        for suffix in (
+            "Model",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+            "ForMaskedLM",
+        )
     },
-    "transformers.models.vit.modeling_vit.ViTModel": "mmadapt.backbones.vit:vit_anatomy",
-    "transformers.models.vit.modeling_vit.ViTForImageClassification": (
+    **{
+        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
+            "mmadapt.backbones.vit:vit_anatomy"
+        )
+        for family, prefix in (
+            ("vit", "ViT"),
+            ("deit", "DeiT"),
+            ("beit", "Beit"),
+            ("vit_mae", "ViTMAE"),
+        )
+        for suffix in ("Model", "ForImageClassification")
+    },
+    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": (
         "mmadapt.backbones.vit:vit_anatomy"
     ),
     "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",

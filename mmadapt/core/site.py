@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PORTS = ("in", "out", "weight")
 BIAS = "bias"
+NO_GRID = -1
 
 _WORD = re.compile(r"(\*|[A-Za-z_][A-Za-z0-9_]*)(?:\[([^\[\]]*)\])?\Z")
 _SELECTOR = re.compile(r"\*|-?\d+|(-?\d+)?:(-?\d+)?(:-?[1-9]\d*)?")
@@ -47,6 +48,9 @@ class Span:
     channels_in: str = ""
     #: order of the axes at y: B batch, T tokens, C channels, D pooled features, K classes
     layout: str = "BTC"
+    #: of T, tokens (class, registers) before an image's patches, in reading order;
+    #: NO_GRID: patches in no order; None: not known
+    prefix: int | None = None
     #: parameter that is this role's weight, and its share (k-th of n equal row blocks)
     weight: str = ""
     block: tuple[int, int] = (0, 1)
