@@ -8,7 +8,8 @@ the entry-point group `mmadapt.anatomies` (name: "module.Class", value: a functi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ class Anatomy:
     taps: Mapping[str, str] = field(default_factory=dict)
     #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
     facts: Callable[[Any], dict[str, Any]] | None = None
+    #: names that have changed: old role, or its beginning -> the present one
+    aliases: Mapping[str, str] = field(default_factory=dict)
     #: "image" / "text" -> function (model, batch) -> pooled embeddings (B, D), not normalised
     encode: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
 
@@ -63,6 +66,18 @@ class Anatomy:
                     found[role.replace("[i]", f"[{index}]")] = concrete
         biases = {f"{role}.{BIAS}": _bias(find, span) for role, span in found.items()}
         return found | {role: span for role, span in biases.items() if span is not None}
+
+    def former(self, roles: Iterable[str]) -> dict[str, str]:
+        """Every old name of these roles, and the role it stands for now."""
+        found = {}
+        for old, new in self.aliases.items():
+            begins = re.compile(re.escape(new).replace(r"\[i\]", r"\[(\d+)\]") + r"(?=\.|$)")
+            for role in roles:
+                match = begins.match(role)
+                if match:
+                    name = old.replace("[i]", f"[{match[1]}]") if match.groups() else old
+                    found[name + role[match.end() :]] = role
+        return found
 
     def view(self, model: nn.Module, role: str, port: str, span: Span) -> SiteView:
         """The site `role:port` of `model`, with its module, widths and weight looked up."""

@@ -28,7 +28,10 @@ def sites(m: Any, pattern: str | None = None) -> Table:
 
     model, anatomy, _ = unwrap(m)
     spans = anatomy.roles(model)
+    former = anatomy.former(spans)
     chosen = match_roles(pattern, spans)[0] if pattern else list(spans)
+    if pattern and not chosen:
+        chosen = [former[old] for old in match_roles(pattern, former)[0]]
     if pattern and not chosen:
         raise nothing_matched(pattern, spans)
     rows: dict[tuple, list[str]] = {}

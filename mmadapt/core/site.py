@@ -162,17 +162,23 @@ def match_roles(pattern: str, roles: Iterable[str]) -> tuple[list[str], str | No
 
 
 def select(
-    patterns: Iterable[str], spans: Mapping[str, Span], ports: tuple[str, ...]
+    patterns: Iterable[str],
+    spans: Mapping[str, Span],
+    ports: tuple[str, ...],
+    former: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
     """Resolve patterns to (role, port) pairs in the backbone's order, each once.
 
-    `ports` are those the adapter can use, preferred first. Raises `SiteError` when a pattern
+    `ports` are those the adapter can use, preferred first; `former` maps old names to present roles
+    and counts for patterns that match no present one. Raises `SiteError` when a pattern
     matches nothing or asks for a port that is not there.
     """
+    former = former or {}
     chosen: dict[tuple[str, str], None] = {}
     order = {role: place for place, role in enumerate(spans)}
     for pattern in patterns:
         roles, port = match_roles(pattern, spans)
+        roles = roles or [former[old] for old in match_roles(pattern, former)[0]]
         if not roles:
             raise nothing_matched(pattern, spans)
         for role in roles:

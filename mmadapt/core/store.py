@@ -232,9 +232,11 @@ def _rebuild(
             getattr(error, "hint", "") or "install the package that defines the method",
         ) from None
     spans = anatomy.roles(model)
+    former = anatomy.former(spans)
     chosen = []
     for site in data["sites"]:
         role, _, port = str(site).rpartition(":")
+        role = role if role in spans else former.get(role, role)
         twin = {"out": "weight", "weight": "out"}.get(port)
         if role in spans and port not in spans[role].ports and twin in spans[role].ports:
             # one library calls the linear, the other reads its weight: the same change, met elsewhere
