@@ -24,6 +24,9 @@ BRANCHES = ("attn", "attention", "self_attn", "mlp", "ffn", "feed_forward")
 READERS = (
     "torch.nn.modules.activation.MultiheadAttention",
     "torchvision.models.swin_transformer.ShiftedWindowAttention",
+    "timm.models.swin_transformer_v2.WindowAttention",
+    "timm.models.eva.EvaAttention",
+    "timm.models.beit.Attention",
 )
 
 #: classes whose weight is the transpose of a linear's, so that no row of it is an output
@@ -100,12 +103,15 @@ def _whole(path: str, module: nn.Module) -> Span | None:
     if not weights:
         return None
     first, last = (module.get_submodule(weights[place]) for place in (0, -1))
-    depthwise = getattr(first, "groups", 1) > 1  # keeps the width, and does not show its inputs
+    reads = f"{path}.{weights[0]}.weight@{1 - _output_axis(first)}"
+    if getattr(first, "groups", 1) > 1:  # a row of it does not show all inputs; most keep the width
+        same = first.in_channels == first.out_channels
+        reads = f"{path}.{weights[0]}.weight@0" if same else ""
     return Span(
         path,
         x=x,
         channels=f"{path}.{weights[-1]}.weight@{_output_axis(last)}",
-        channels_in="" if depthwise else f"{path}.{weights[0]}.weight@{1 - _output_axis(first)}",
+        channels_in=reads,
         layout=layout,
     )
 
@@ -159,7 +165,10 @@ def _weight_roles(path: str, block: nn.Module, layout: str) -> Iterator[tuple[st
             holder = f"{path}.{parent}" if parent else path
             yield _legal(name), Span(holder, ("weight",), weight=f"{where}.weight", layout=layout)
         else:
-            yield _legal(name), _weight_span(where, block.get_submodule(name), layout)
+            module = block.get_submodule(name)
+            yield _legal(name), _weight_span(where, module, layout)
+            if _is_one_of(module, TRANSPOSED) and module.bias is not None:
+                yield f"{_legal(name)}.bias", Span(where, ("weight",), weight=f"{where}.bias")
     for name, child in block.named_modules():  # a packed projection is no module
         if isinstance(getattr(child, "in_proj_weight", None), _parameter()):
             where = f"{path}.{name}" if name else path

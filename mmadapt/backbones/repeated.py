@@ -19,7 +19,8 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     Among classes that hold more than half of the parameters of the largest such class, those with a
     norm come first, then those with most instances: Swin's blocks rather than its stages, a layer
-    rather than its experts.
+    rather than its experts. Others among them that lie apart from these join in: an encoder's layers
+    beside a decoder's.
     """
     groups = _groups(model)
     if not groups:
@@ -27,8 +28,18 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     share = {cls: sum(_size(module) for _, module in group) for cls, group in groups.items()}
     most = max(share.values())
     large = [cls for cls in groups if 2 * share[cls] > most]
-    best = max(large, key=lambda cls: (_has_norm(groups[cls][0][1]), len(groups[cls]), share[cls]))
-    return groups[best]
+    normed = {cls: _has_norm(groups[cls][0][1]) for cls in large}
+    large.sort(key=lambda cls: (normed[cls], len(groups[cls]), share[cls]), reverse=True)
+    found: dict[str, nn.Module] = {}
+    for cls in large:
+        apart = all(not _nested(path, other) for path, _ in groups[cls] for other in found)
+        if apart and normed[cls] == normed[large[0]]:
+            found.update(groups[cls])
+    return [(path, module) for path, module in model.named_modules() if path in found]
+
+
+def _nested(one: str, other: str) -> bool:
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _groups(model: nn.Module) -> dict[type, list[tuple[str, nn.Module]]]:
