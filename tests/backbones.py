@@ -587,7 +587,12 @@ RELATIVES: dict[str, Tiny] = {
             _images,
             _logits,
         ),
-        Tiny("hf_deit_teacher", _hf_vision("DeiT", "ForImageClassificationWithTeacher"), _images, _logits),
+        Tiny(
+            "hf_deit_teacher",
+            _hf_vision("DeiT", "ForImageClassificationWithTeacher"),
+            _images,
+            _logits,
+        ),
         Tiny(
             "hf_beit",
             _hf_vision(

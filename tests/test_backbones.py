@@ -167,7 +167,7 @@ def test_scale_shift_in_vit_b_has_the_published_size(build: Any) -> None:
 @pytest.mark.parametrize("build", [timm_vit_b, hf_vit_b])
 def test_every_bias_of_vit_b_can_be_unlocked(build: Any) -> None:
     model = build()
-    at = ["*.layers[*].attn.*.bias", "*.layers[*].mlp.*.bias", "*.layers[*].*.bias", "*.*.bias"]
+    at = ["*.layers[*].*.*.bias", "*.layers[*].*.bias", "*.*.bias"]
     unlocked = sum(record["parameters"] for record in mm.plan(model, mm.Unlock(), at).records())
     assert unlocked == sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
 
@@ -262,7 +262,9 @@ def test_a_branch_may_read_the_stream_its_norm_has_not_seen(name: str, word: str
         return (changed, *output[1:]) if whole else changed
 
     block = straight.get_submodule(roles[f"{tower}.layers[1]"].module)
-    middle = straight.get_submodule(roles[f"{tower}.layers[1].norm{1 if tower == 'text' else 2}"].module)
+    middle = straight.get_submodule(
+        roles[f"{tower}.layers[1].norm{1 if tower == 'text' else 2}"].module
+    )
     if word == "attn":
         block.register_forward_pre_hook(keep_input, with_kwargs=True)
     elif tower == "text":
@@ -360,7 +362,9 @@ def test_convpass_treats_class_and_register_tokens_apart(name: str, prefix: int)
 def test_a_grid_that_leaves_other_tokens_over_is_refused() -> None:
     model = BACKBONES["hf_dinov2_registers"].fresh()
     mm.attach(model, mm.Convpass(4, grid=(3, 3)))
-    with pytest.raises(mm.errors.AdapterError, match="3 × 3 does not fit the 9 tokens at .* behind 5"):
+    with pytest.raises(
+        mm.errors.AdapterError, match="3 × 3 does not fit the 9 tokens at .* behind 5"
+    ):
         outputs("hf_dinov2_registers", model)
     mm.attach(model, mm.Convpass(4, grid=(2, 2)), replace=True)
     outputs("hf_dinov2_registers", model)
@@ -370,7 +374,9 @@ def test_images_that_are_not_square_need_their_grid_said() -> None:
     model: Any = BACKBONES["hf_dinov2"].fresh()
     wide = torch.randn(1, 3, 16, 32)
     mm.attach(model, mm.Convpass(4))
-    with pytest.raises(mm.errors.AdapterError, match="9 tokens .* no square .* behind 1 others") as e:
+    with pytest.raises(
+        mm.errors.AdapterError, match="9 tokens .* no square .* behind 1 others"
+    ) as e:
         model(pixel_values=wide)
     assert "not square" in e.value.hint
     mm.attach(model, mm.Convpass(4, grid=(2, 4)), replace=True)

@@ -490,7 +490,9 @@ def test_gpt_2s_transposed_linears_are_met_by_their_call_and_their_bias() -> Non
 
 def test_a_container_is_refused_as_a_root_with_the_way_out() -> None:
     layers = nn.Sequential(*(Block(WIDTH) for _ in range(2)))
-    with pytest.raises(mm.errors.AttachError, match="a Sequential calls or counts every module") as e:
+    with pytest.raises(
+        mm.errors.AttachError, match="a Sequential calls or counts every module"
+    ) as e:
         mm.attach(layers, mm.Bottleneck(2), at="blocks[*]")
     assert "wrap it in a module whose forward calls it" in e.value.hint
 

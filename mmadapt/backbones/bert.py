@@ -38,12 +38,15 @@ _DEBERTA = _Paths(
     q="attention.self.query_proj", k="attention.self.key_proj", v="attention.self.value_proj"
 )
 _DISTILBERT = _Paths(
-    "transformer.layer",
-    *(f"attention.{word}_lin" for word in ("q", "k", "v", "out")),
-    "ffn.lin1",
-    "ffn.lin2",
-    "sa_layer_norm",
-    "output_layer_norm",
+    blocks="transformer.layer",
+    q="attention.q_lin",
+    k="attention.k_lin",
+    v="attention.v_lin",
+    o="attention.out_lin",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    norm1="sa_layer_norm",
+    norm2="output_layer_norm",
 )
 
 
