@@ -550,6 +550,8 @@ def test_a_classifier_offers_its_logits(name: str) -> None:
     (site,) = mm.attach(model, mm.TipAdapter(3), at="logits").layers.values()
     assert site.keys.shape == (3, WIDTH)
     assert site.classes == CLASSES
+    unlocked = mm.attach(model, mm.Unlock(), at=["logits", "logits.bias"], name="head")
+    assert sorted(tuple(p.shape) for p in unlocked.parameters()) == [(CLASSES,), (CLASSES, WIDTH)]
 
 
 def test_a_timm_backbone_without_a_head_has_no_logits() -> None:

@@ -46,9 +46,9 @@ class Anatomy:
         """An anatomy of your own: role -> path of the module that plays it.
 
         Where `[i]` stands in a role and `{i}` in its path, every child of that list gets a role.
-        Linears can be met at all ports, convolutions at their weight, other modules at their call,
-        whose width is read from the weights inside. Raises `BackboneError` for a path that is not
-        there.
+        Linears and norms can be met at all ports, convolutions at their weight, other modules at
+        their call, whose width is read from the weights inside; biases become roles of their own.
+        Raises `BackboneError` for a path that is not there.
 
             anatomy = mm.Anatomy.from_paths(net, {"layers[i].mlp": "trunk.{i}.ff", "head": "out"})
             backbone = mm.Backbone(net, anatomy=anatomy)
