@@ -345,7 +345,8 @@ class ScaleShift(Adapter):
     """A trained scale and shift per channel, y·γ + β, behind every operation (SSF, Lian et al. 2022).
 
     Starts at γ = 1 and β = 0; `start="published"` draws them from N(1, 0.02²) and N(0, 0.02²). By
-    default it stands at those norms, projections and linears of a block that the backbone calls.
+    default it stands at the patch embedding, at the norms, and at those projections and linears of a
+    block that the backbone calls.
     It replaces its site's output, so two of them stack and do not sum. Merges exactly into the
     linear or norm it stands behind.
 
@@ -364,6 +365,9 @@ class ScaleShift(Adapter):
         "*.layers[*].norm2",
         "*.layers[*].mlp.up",
         "*.layers[*].mlp.down",
+        "*.patches",
+        "*.embeddings.norm",
+        "*.norm",
     )
     not_identity: ClassVar[str] = 'start="published" draws the scales and shifts'
     source: ClassVar[str] = "Lian et al. 2022, arXiv:2210.08823"
@@ -482,11 +486,10 @@ class Convpass(Adapter):
     """A bottleneck with a 3 × 3 convolution over the image's patches (Jie and Deng 2022).
 
     Two per block, beside attention and MLP: y + scale·up(dropout(g(conv(g(down(x)))))), g the quick
-    GELU. Tokens are a square grid of patches in reading order, with or without one class token,
-    which is convolved as an image of one pixel. `grid=(rows, columns)` says otherwise, and tokens
-    before the grid then are all treated like a class token: give it for backbones with registers,
-    whose count of tokens may by chance look like another square. `kernel="identity"` starts the
-    convolution as one that does nothing.
+    GELU. Tokens are a square grid of patches in reading order; those before it (class token,
+    registers), as many as the anatomy says, are convolved as images of one pixel.
+    `grid=(rows, columns)` is needed for images that are not square. `kernel="identity"` starts
+    the convolution as one that does nothing.
 
     Parameters per site: 2·C·width + C + width + 9·width² + width.
     """

@@ -45,7 +45,7 @@ class Tiny:
 
 @functools.cache
 def _prototype(name: str) -> nn.Module:
-    return BACKBONES[name].build()
+    return {**BACKBONES, **RELATIVES}[name].build()
 
 
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -215,7 +215,7 @@ def hf_dinov2_registers() -> nn.Module:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     return Dinov2WithRegistersModel(
-        # 4 registers: 9 tokens, which methods that guess a grid of patches take for 3 × 3
+        # 4 registers: 9 tokens, which would be 3 × 3 patches if the table did not count them
         Dinov2WithRegistersConfig(**_HF_VISION, num_register_tokens=4, use_swiglu_ffn=True)
     )
 
@@ -250,7 +250,55 @@ def hf_bert_classifier() -> nn.Module:
     return BertForSequenceClassification(_bert_config(num_labels=CLASSES))
 
 
+_HF_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 4 * WIDTH,
+    "max_position_embeddings": CONTEXT + 2,
+    "pad_token_id": 0,
+}
+
+
+def _hf_text(family: str, suffix: str, **more: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(**{**_HF_TEXT, **more})
+        return getattr(transformers, f"{family}{suffix}")(config)
+
+    return _seeded(make)
+
+
+def _hf_vision(family: str, suffix: str, **more: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(**_HF_VISION, **more)
+        return getattr(transformers, f"{family}{suffix}")(config)
+
+    return _seeded(make)
+
+
 # -- timm ---------------------------------------------------------------------------------------
+
+
+def _timm_vit(**more: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(
+            img_size=IMAGE,
+            patch_size=PATCH,
+            embed_dim=WIDTH,
+            depth=LAYERS,
+            num_heads=HEADS,
+            num_classes=CLASSES,
+            **more,
+        )
+
+    return _seeded(make)
 
 
 @_seeded
@@ -473,6 +521,102 @@ BACKBONES: dict[str, Tiny] = {
             own_transformer,
             lambda rows: {"frames": frames(rows)},
             lambda output: (output,),
+        ),
+    )
+}
+
+
+def _tokens(rows: int) -> dict[str, Tensor]:
+    return {"input_ids": tokens(rows)}
+
+
+def _images(rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": pixels(rows)}
+
+
+def _logits(output: Any) -> tuple[Tensor, ...]:
+    return (output.logits,)
+
+
+def _hidden(output: Any) -> tuple[Tensor, ...]:
+    return (output.last_hidden_state,)
+
+
+#: models that share a table with one above; the laws are not run over them
+RELATIVES: dict[str, Tiny] = {
+    tiny.name: tiny
+    for tiny in (
+        Tiny(
+            "hf_roberta",
+            _hf_text("Roberta", "ForSequenceClassification", num_labels=CLASSES),
+            _tokens,
+            _logits,
+        ),
+        Tiny("hf_xlm_roberta", _hf_text("XLMRoberta", "Model"), _tokens, _pooled_and_tokens),
+        Tiny("hf_camembert", _hf_text("Camembert", "ForMaskedLM"), _tokens, _logits),
+        Tiny("hf_electra", _hf_text("Electra", "Model", embedding_size=8), _tokens, _hidden),
+        Tiny(
+            "hf_deberta_v2",
+            _hf_text(
+                "DebertaV2",
+                "ForSequenceClassification",
+                num_labels=CLASSES,
+                relative_attention=True,
+                pos_att_type=["p2c", "c2p"],
+                share_att_key=True,
+                position_buckets=4,
+            ),
+            _tokens,
+            _logits,
+        ),
+        Tiny(
+            "hf_distilbert",
+            _hf_text(
+                "DistilBert",
+                "ForTokenClassification",
+                num_labels=CLASSES,
+                dim=WIDTH,
+                hidden_dim=4 * WIDTH,
+            ),
+            _tokens,
+            _logits,
+        ),
+        Tiny(
+            "hf_deit",
+            _hf_vision("DeiT", "ForImageClassification", num_labels=CLASSES),
+            _images,
+            _logits,
+        ),
+        Tiny(
+            "hf_deit_teacher",
+            _hf_vision("DeiT", "ForImageClassificationWithTeacher"),
+            _images,
+            _logits,
+        ),
+        Tiny(
+            "hf_beit",
+            _hf_vision(
+                "Beit",
+                "ForImageClassification",
+                num_labels=CLASSES,
+                layer_scale_init_value=0.5,
+                use_relative_position_bias=True,
+            ),
+            _images,
+            _logits,
+        ),
+        Tiny(
+            "hf_vit_mae",
+            _hf_vision("ViTMAE", "Model", mask_ratio=0.5),
+            lambda rows: {**_images(rows), "noise": torch.arange(4.0).flip(0).repeat(rows, 1)},
+            _hidden,
+        ),
+        Tiny("timm_registers", _timm_vit(reg_tokens=4), lambda n: {"x": pixels(n)}, lambda y: (y,)),
+        Tiny(
+            "timm_averaged",
+            _timm_vit(class_token=False, global_pool="avg", fc_norm=True),
+            lambda n: {"x": pixels(n)},
+            lambda y: (y,),
         ),
     )
 }

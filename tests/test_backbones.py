@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from backbones import BACKBONES, CLASSES, WIDTH
-from snapshot import assert_close, assert_equal, randomise
+from backbones import BACKBONES, CLASSES, RELATIVES, WIDTH
+from snapshot import assert_close, assert_equal, assert_same_values, hook_tables, randomise, values
 from torch import Tensor, nn
 
 import mmadapt as mm
 from mmadapt.core.anatomy import find_anatomy
+from mmadapt.core.layer import Layer, empty
+
+ALL = {**BACKBONES, **RELATIVES}
 
 FAMILIES = {
     "timm_vit": "timm-vit",
@@ -24,15 +30,30 @@ FAMILIES = {
     "hf_bert_classifier": "bert",
     "timm_swin": "generic",
     "own_transformer": "generic",
+    "hf_roberta": "roberta",
+    "hf_xlm_roberta": "xlm-roberta",
+    "hf_camembert": "camembert",
+    "hf_electra": "electra",
+    "hf_deberta_v2": "deberta-v2",
+    "hf_distilbert": "distilbert",
+    "hf_deit": "deit",
+    "hf_deit_teacher": "deit",
+    "hf_beit": "beit",
+    "hf_vit_mae": "vit_mae",
+    "timm_registers": "timm-vit",
+    "timm_averaged": "timm-vit",
 }
 
 #: roles that every tower of transformer blocks has
-BLOCK = ("", ".attn", ".attn.q", ".attn.k", ".attn.v", ".attn.o", ".mlp", ".mlp.up", ".mlp.down")
+BLOCK = (
+    *("", ".attn", ".attn.q", ".attn.k", ".attn.v", ".attn.o", ".mlp", ".mlp.up", ".mlp.down"),
+    *(".norm1", ".norm2", ".norm1.bias", ".attn.q.bias", ".attn.v.bias", ".mlp.up.bias"),
+)
 
 
 def outputs(name: str, model: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return BACKBONES[name].outputs(model)
+        return ALL[name].outputs(model)
 
 
 def differences(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
@@ -44,7 +65,7 @@ def differences(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_family_is_found_by_the_class(name: str) -> None:
-    assert BACKBONES[name].family == FAMILIES[name]
+    assert ALL[name].family == FAMILIES[name]
 
 
 @pytest.mark.parametrize(
@@ -58,10 +79,14 @@ def test_the_family_is_found_by_the_class(name: str) -> None:
         ("hf_dinov2_registers", ("vision",)),
         ("hf_bert", ("text",)),
         ("hf_bert_classifier", ("text",)),
+        *((name, ("text",)) for name in ("hf_roberta", "hf_xlm_roberta", "hf_camembert")),
+        *((name, ("text",)) for name in ("hf_electra", "hf_deberta_v2", "hf_distilbert")),
+        *((name, ("vision",)) for name in ("hf_deit", "hf_deit_teacher", "hf_beit", "hf_vit_mae")),
+        *((name, ("vision",)) for name in ("timm_registers", "timm_averaged")),
     ],
 )
 def test_every_block_has_the_same_roles_in_every_family(name: str, towers: tuple[str, ...]) -> None:
-    model = BACKBONES[name].fresh()
+    model = ALL[name].fresh()
     roles = set(find_anatomy(model).roles(model))
     expected = {f"{t}.layers[{i}]{role}" for t in towers for i in range(2) for role in BLOCK}
     assert expected <= roles
@@ -70,7 +95,7 @@ def test_every_block_has_the_same_roles_in_every_family(name: str, towers: tuple
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> None:
     """A pre-hook and a hook on the role's own module see tensors as wide as the site claims."""
-    model = BACKBONES[name].fresh()
+    model = ALL[name].fresh()
     anatomy = find_anatomy(model)
     roles = anatomy.roles(model)
     seen: dict[str, tuple[Any, Any, Any]] = {}
@@ -89,28 +114,278 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
         if "out" not in span.ports:
             continue
         y = output if isinstance(output, Tensor) else output[span.y]
-        assert y.shape[-1] == view.width * span.block[1], role
+        axis = span.layout.index("C") if "C" in span.layout else -1
+        assert y.ndim == len(span.layout), role
+        assert y.shape[axis] == view.width * span.block[1], role
         position, bar, keyword = span.x.partition("|")
         if bar and span.layout != "BD":  # pooled features come from pixels or tokens
             x = args[int(position)] if len(args) > int(position) else kwargs[keyword]
-            assert x.shape[-1] == view.width_in, role
-    for index in range(2):
-        for template in anatomy.taps.values():
-            path = template.replace("{i}", str(index)).partition(":")[0]
-            assert isinstance(model.get_submodule(path), nn.LayerNorm)
+            assert x.shape[axis] == view.width_in, role
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_facts_are_plain_and_the_same_while_something_is_attached(name: str) -> None:
     import json
 
-    model = BACKBONES[name].fresh()
+    model = ALL[name].fresh()
     facts = find_anatomy(model).facts
     assert facts is not None
     before = facts(model)
     assert json.loads(json.dumps(before)) == before
     mm.attach(model, mm.Bottleneck(2))
     assert facts(model) == before
+
+
+# -- norms, biases, patches ----------------------------------------------------------------------
+
+
+def timm_vit_b() -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.device("meta"):
+        return VisionTransformer(num_classes=0)
+
+
+def hf_vit_b() -> Any:
+    from transformers import ViTConfig, ViTModel
+
+    with torch.device("meta"):
+        return ViTModel(ViTConfig(), add_pooling_layer=False)
+
+
+@pytest.mark.parametrize("build", [timm_vit_b, hf_vit_b])
+def test_scale_shift_in_vit_b_has_the_published_size(build: Any) -> None:
+    """Lian et al. 2022: a scale and a shift behind every operation of ViT-B/16."""
+    sizes = {r["site"]: r["parameters"] for r in mm.plan(build(), mm.ScaleShift()).records()}
+    block = [size for site, size in sizes.items() if site.startswith("vision.layers[3].")]
+    assert len(block) == 8
+    assert sum(block) == 16_896
+    assert sizes["vision.patches:out"] == sizes["vision.norm:out"] == 1_536
+    assert sum(sizes.values()) == 12 * 16_896 + 3_072
+
+
+@pytest.mark.parametrize("build", [timm_vit_b, hf_vit_b])
+def test_every_bias_of_vit_b_can_be_unlocked(build: Any) -> None:
+    model = build()
+    at = ["*.layers[*].*.*.bias", "*.layers[*].*.bias", "*.*.bias"]
+    unlocked = sum(record["parameters"] for record in mm.plan(model, mm.Unlock(), at).records())
+    assert unlocked == sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+LIBRARIES = ("open_clip", "hf_clip", "hf_vit", "timm_vit", "open_clip_timm", "hf_siglip", "hf_bert")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_unlocked_norms_and_biases_are_the_backbones_tensors_moved(name: str) -> None:
+    tiny = BACKBONES[name]
+    model, moved = tiny.fresh(), tiny.fresh()
+    at = ["*.layers[*].norm1", "*.layers[*].norm2", "*.layers[*].*.bias"]
+    at += ["*.layers[*].attn.*.bias", "*.layers[*].mlp.*.bias"]
+    attachment = randomise(mm.attach(model, mm.Unlock(), at=at), 0.3, 5)
+    anatomy = find_anatomy(moved)
+    spans = anatomy.roles(moved)
+    with torch.no_grad():
+        for key, layer in attachment.layers.items():
+            role = key.partition("/")[2].partition(":")[0]
+            view = anatomy.view(moved, role, "weight", spans[role])
+            moved.get_parameter(spans[role].weight)[slice(*view.rows)] += layer.change
+    expected = outputs(name, moved)
+    assert differences(outputs(name, tiny.fresh()), expected) > 1e-2
+    assert_close(outputs(name, model), expected, 1e-5)
+    mm.merge(model)
+    assert_close(outputs(name, model), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert"])
+def test_scales_and_shifts_behind_every_operation_merge(name: str) -> None:
+    model = BACKBONES[name].fresh()
+    bare = outputs(name, BACKBONES[name].fresh())
+    randomise(mm.attach(model, mm.ScaleShift()), 0.1, 5)
+    adapted = outputs(name, model)
+    assert differences(adapted, bare) > 1e-2
+    mm.merge(model)
+    assert_close(outputs(name, model), adapted, 1e-5)
+
+
+def test_a_method_for_matrices_refuses_norms_and_biases() -> None:
+    for role in ("norm1", "norm1.bias", "mlp.up.bias"):
+        with pytest.raises(mm.errors.AdapterError, match="stands for a vector of"):
+            mm.attach(BACKBONES["timm_vit"].fresh(), mm.LoRA(1), at=f"vision.layers[*].{role}")
+
+
+# -- the raw residual stream ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Raw(mm.Adapter):
+    """y + gate · the residual stream before the branch's norm."""
+
+    method: ClassVar[str] = "handmade_raw"
+    layer: ClassVar[str] = f"{__name__}:RawLayer"
+
+
+class RawLayer(Layer):
+    """Parameters: gate (C,)."""
+
+    taps: ClassVar[tuple[str, ...]] = ("residual",)
+
+    def __init__(self, adapter: Raw, site: Any, generator: torch.Generator) -> None:
+        super().__init__()
+        self.gate = empty(site, site.width)
+        nn.init.zeros_(self.gate)
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Any, site: Any) -> Tensor:
+        return acc + self.gate * context.read(site.taps["residual"])
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("word", ["attn", "mlp"])
+def test_a_branch_may_read_the_stream_its_norm_has_not_seen(name: str, word: str) -> None:
+    """The straight way: keep the block's input, or what the block adds its second branch to."""
+    tiny = BACKBONES[name]
+    model, straight = tiny.fresh(), tiny.fresh()
+    tower = "text" if name == "hf_bert" else "vision"
+    at = f"{tower}.layers[1].{word}"
+    (layer,) = randomise(mm.attach(model, Raw(), at=at), 0.3, 5).layers.values()
+    roles = find_anatomy(straight).roles(straight)
+    kept: dict[str, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kept["stream"] = args[0] if args else next(iter(kwargs.values()))
+
+    def keep_output(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept["stream"] = output
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        whole = not isinstance(output, Tensor)
+        changed = (output[0] if whole else output) + layer.gate * kept["stream"]
+        return (changed, *output[1:]) if whole else changed
+
+    block = straight.get_submodule(roles[f"{tower}.layers[1]"].module)
+    middle = straight.get_submodule(
+        roles[f"{tower}.layers[1].norm{1 if tower == 'text' else 2}"].module
+    )
+    if word == "attn":
+        block.register_forward_pre_hook(keep_input, with_kwargs=True)
+    elif tower == "text":
+        middle.register_forward_hook(keep_output)
+    else:
+        middle.register_forward_pre_hook(keep_input, with_kwargs=True)
+    straight.get_submodule(roles[at].module).register_forward_hook(add)
+    expected = outputs(name, straight)
+    assert differences(outputs(name, tiny.fresh()), expected) > 1e-2
+    assert_close(outputs(name, model), expected, 1e-6)
+    assert_close(outputs(name, copy.deepcopy(model)), expected, 1e-6)
+    assert_equal(outputs(name, model), outputs(name, model))  # nothing is left for the next call
+
+
+# -- relatives of a family --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_adapts_trains_saves_and_leaves(name: str, tmp_path: Path) -> None:
+    tiny = RELATIVES[name]
+    model = tiny.fresh()
+    tables, before = hook_tables(model), values(model)
+    tower = next(iter(find_anatomy(model).towers))
+    block = f"{tower}.layers[*]"
+    branches = (f"{block}.attn", f"{block}.mlp")
+    adapters = [
+        mm.LoRA(2),
+        mm.ScaleShift(at=(f"{block}.norm1", f"{block}.norm2", f"{block}.mlp.up")),
+        mm.Bottleneck(2, placement="parallel", at=branches),
+        mm.Unlock(at=f"{block}.*.bias"),
+    ]
+    attachment = mm.attach(model, adapters)
+    assert_close(outputs(name, model), outputs(name, tiny.fresh()), 1e-6)
+    randomise(attachment, 0.1, 5)
+    with torch.enable_grad():
+        sum((y * y).sum() for y in tiny.outputs(model)).backward()
+    assert all(p.grad is not None for p in attachment.parameters())
+    adapted = outputs(name, model)
+    assert differences(adapted, outputs(name, tiny.fresh())) > 1e-2
+    attachment.save(tmp_path)
+    other = tiny.fresh()
+    mm.load_adapter(other, tmp_path)
+    assert_equal(outputs(name, other), adapted)
+    mm.detach(model)
+    assert hook_tables(model) == tables
+    assert_same_values(before, values(model))
+
+
+# -- tokens before the patches -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("open_clip", 1),
+        ("open_clip_vision", 1),
+        ("open_clip_timm", 0),
+        ("hf_clip", 1),
+        ("hf_clip_vision", 1),
+        ("hf_vit", 1),
+        ("hf_deit", 2),
+        ("hf_beit", 1),
+        ("hf_siglip", 0),
+        ("hf_siglip_vision", 0),
+        ("hf_dinov2", 1),
+        ("hf_dinov2_registers", 5),
+        ("timm_vit", 1),
+        ("timm_registers", 5),
+        ("timm_averaged", 0),
+    ],
+)
+def test_convpass_treats_class_and_register_tokens_apart(name: str, prefix: int) -> None:
+    """Moving one patch moves its neighbours; tokens before the grid see none and none sees them."""
+    model: Any = ALL[name].fresh()
+    attachment = randomise(mm.attach(model, mm.Convpass(4, dropout=0.0), at="vision.layers[0].mlp"))
+    (layer,) = attachment.layers.values()
+    anatomy = find_anatomy(model)
+    span = anatomy.roles(model)["vision.layers[0].mlp"]
+    assert span.prefix == prefix
+    site = anatomy.view(model, "vision.layers[0].mlp", "out", span)
+    x = torch.randn(1, prefix + 4, WIDTH)
+
+    def change(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer.after(torch.zeros_like(x), x, x, None, site)
+
+    for token in range(prefix + 4):
+        moved = x.clone()
+        moved[:, token] += 1
+        seen = set((change(moved) - change(x)).abs().amax(dim=(0, 2)).nonzero().flatten().tolist())
+        assert seen == ({token} if token < prefix else set(range(prefix, prefix + 4)))
+    outputs(name, model)
+
+
+def test_a_grid_that_leaves_other_tokens_over_is_refused() -> None:
+    model = BACKBONES["hf_dinov2_registers"].fresh()
+    mm.attach(model, mm.Convpass(4, grid=(3, 3)))
+    with pytest.raises(
+        mm.errors.AdapterError, match="3 × 3 does not fit the 9 tokens at .* behind 5"
+    ):
+        outputs("hf_dinov2_registers", model)
+    mm.attach(model, mm.Convpass(4, grid=(2, 2)), replace=True)
+    outputs("hf_dinov2_registers", model)
+
+
+def test_images_that_are_not_square_need_their_grid_said() -> None:
+    model: Any = BACKBONES["hf_dinov2"].fresh()
+    wide = torch.randn(1, 3, 16, 32)
+    mm.attach(model, mm.Convpass(4))
+    with pytest.raises(
+        mm.errors.AdapterError, match="9 tokens .* no square .* behind 1 others"
+    ) as e:
+        model(pixel_values=wide)
+    assert "not square" in e.value.hint
+    mm.attach(model, mm.Convpass(4, grid=(2, 4)), replace=True)
+    model(pixel_values=wide)
+
+
+def test_shuffled_patches_are_no_image_to_convolve() -> None:
+    with pytest.raises(mm.errors.AdapterError, match="convolves over image patches"):
+        mm.attach(RELATIVES["hf_vit_mae"].fresh(), mm.Convpass(4))
 
 
 # -- fused rows -----------------------------------------------------------------------------------
@@ -231,21 +506,24 @@ def test_berts_branches_are_met_where_houlsby_puts_adapters() -> None:
     assert_close(outputs("hf_bert", model), expected, 1e-6)
 
 
-def test_a_parallel_adapter_at_berts_mlp_reads_what_the_mlp_reads() -> None:
+@pytest.mark.parametrize("word", ["attn", "mlp"])
+def test_a_parallel_adapter_in_bert_reads_what_its_branch_reads(word: str) -> None:
     tiny = BACKBONES["hf_bert"]
     model: Any = tiny.fresh()
     adapter = mm.Bottleneck(4, placement="parallel")
-    attachment = randomise(mm.attach(model, adapter, at="text.layers[0].mlp"), 0.3, 5)
+    attachment = randomise(mm.attach(model, adapter, at=f"text.layers[0].{word}"), 0.3, 5)
     layer: Any = next(iter(attachment.layers.values()))
     assert layer.down.shape == (4, WIDTH)
     caught: dict[str, Tensor] = {}
     block = model.encoder.layer[0]
-    block.intermediate.register_forward_pre_hook(lambda m, args: caught.update(x=args[0]))
-    block.output.dense.register_forward_hook(lambda m, args, y: caught.update(h=args[0], y=y))
+    reads = block.intermediate if word == "mlp" else block.attention.self.key
+    dense = block.output.dense if word == "mlp" else block.attention.output.dense
+    reads.register_forward_pre_hook(lambda m, args: caught.update(x=args[0]))
+    dense.register_forward_hook(lambda m, args, y: caught.update(h=args[0], y=y))
     outputs("hf_bert", model)
     with torch.no_grad():
         inner = nn.functional.gelu(caught["x"] @ layer.down.T + layer.down_bias)
-        expected = caught["h"] @ block.output.dense.weight.T + block.output.dense.bias
+        expected = caught["h"] @ dense.weight.T + dense.bias
         expected = expected + inner @ layer.up.T + layer.up_bias
     assert_close((caught["y"],), (expected,), 1e-6)
 
@@ -272,6 +550,8 @@ def test_a_classifier_offers_its_logits(name: str) -> None:
     (site,) = mm.attach(model, mm.TipAdapter(3), at="logits").layers.values()
     assert site.keys.shape == (3, WIDTH)
     assert site.classes == CLASSES
+    unlocked = mm.attach(model, mm.Unlock(), at=["logits", "logits.bias"], name="head")
+    assert sorted(tuple(p.shape) for p in unlocked.parameters()) == [(CLASSES,), (CLASSES, WIDTH)]
 
 
 def test_a_timm_backbone_without_a_head_has_no_logits() -> None:
@@ -302,12 +582,12 @@ def test_siglip_embeds_images_and_texts_through_its_pooled_sites(name: str) -> N
 
 
 @pytest.mark.slow
-def test_shares_of_a_fused_linear_compile_and_export() -> None:
+def test_shares_of_a_fused_linear_and_raw_taps_compile_and_export() -> None:
     tiny = BACKBONES["timm_vit"]
     model: Any = tiny.fresh()
     compiled = torch.compile(model, backend="aot_eager")
     bare = outputs("timm_vit", compiled)
-    randomise(mm.attach(model, mm.LoRA(2)), 0.3, 5)
+    randomise(mm.attach(model, (mm.LoRA(2), Raw(at="vision.layers[*].mlp"))), 0.3, 5)
     adapted = outputs("timm_vit", model)
     assert_close(outputs("timm_vit", compiled), adapted, 1e-6)
     mm.set_active(model)

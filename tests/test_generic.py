@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backbones import BACKBONES, CLASSES, WIDTH, Own, pixels
+from backbones import BACKBONES, CLASSES, WIDTH, Block, Own, pixels
 from snapshot import assert_close, assert_equal, differ, flags, hook_tables, randomise, values
 from torch import Tensor, nn
 
 import mmadapt as mm
-from mmadapt.backbones.generic import find_blocks
+from mmadapt.backbones.repeated import find_blocks
 from mmadapt.core.anatomy import Anatomy, find_anatomy
 
 SIZE = 32
@@ -146,6 +147,10 @@ def test_a_block_is_named_by_its_place_and_its_parts_by_their_paths() -> None:
         "blocks[1].attn.q",
         "blocks[1].attn.k",
         "blocks[1].attn.v",
+        "blocks[1].norm1",
+        "blocks[1].norm2",
+        *(f"blocks[1].{name}.bias" for name in ("attn.out_proj", "mlp._0", "mlp._2")),
+        *(f"blocks[1].{name}.bias" for name in ("attn.q", "attn.k", "attn.v", "norm1", "norm2")),
     ]
     assert found["blocks[1].attn.out_proj"].ports == (
         "weight",
@@ -302,6 +307,196 @@ def _copy_without(model: nn.Module) -> nn.Module:
     return twin
 
 
+# -- more libraries -------------------------------------------------------------------------------
+
+
+def _hf(model: str, **more: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{model}Config")(**more)
+        return getattr(transformers, f"{model}Model")(config)
+
+    return make
+
+
+def _timm_swin_2() -> nn.Module:
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    sizes: Any = {"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
+    return SwinTransformerV2(img_size=SIZE, patch_size=2, num_classes=CLASSES, **sizes)
+
+
+def _timm_eva() -> nn.Module:
+    from timm.models.eva import Eva
+
+    return Eva(SIZE, 8, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=CLASSES, qkv_fused=True)
+
+
+def _timm_efficientnet() -> nn.Module:
+    import timm
+
+    return timm.create_model("efficientnet_lite0", num_classes=CLASSES)
+
+
+def _torchvision_efficientnet() -> nn.Module:
+    from torchvision.models import efficientnet_b0
+
+    return efficientnet_b0(num_classes=CLASSES)
+
+
+def _torch_transformer() -> nn.Module:
+    return nn.Transformer(WIDTH, 2, 2, 2, 2 * WIDTH, batch_first=True)
+
+
+def _image() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 3, SIZE, SIZE),)
+
+
+def _ids() -> tuple[Tensor, ...]:
+    return (torch.arange(12).view(2, 6),)
+
+
+def _source_and_target() -> tuple[Tensor, ...]:
+    return torch.randn(2, 5, WIDTH), torch.randn(2, 4, WIDTH)
+
+
+_STAGES = {"hidden_sizes": [8, 16], "depths": [2, 2]}
+_SWIN = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+_GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 8}
+_GPT.update(bos_token_id=0, eos_token_id=0)
+
+#: name -> how to build it, what it takes, how many blocks it has, a role in the last and its weight
+MORE: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple], int, str, str]] = {
+    "hf_resnet": (
+        _hf("ResNet", embedding_size=8, layer_type="basic", **_STAGES),
+        _image,
+        4,
+        "layer._0.convolution",
+        "encoder.stages.1.layers.1.layer.0.convolution.weight",
+    ),
+    "hf_convnext": (
+        _hf("ConvNext", num_stages=2, layer_scale_init_value=0.5, **_STAGES),
+        _image,
+        4,
+        "pwconv1",
+        "encoder.stages.1.layers.1.pwconv1.weight",
+    ),
+    "hf_swin": (_hf("Swin", image_size=SIZE, patch_size=2, **_SWIN), _image, 4, "", ""),
+    "hf_gpt2": (_hf("GPT2", **_GPT), _ids, 2, "", ""),
+    "timm_swin_2": (_timm_swin_2, _image, 4, "attn.qkv", "layers.1.blocks.1.attn.qkv.weight"),
+    "timm_eva": (_timm_eva, _image, 2, "attn.qkv", "blocks.1.attn.qkv.weight"),
+    "timm_efficientnet": (_timm_efficientnet, _image, 15, "conv_pw", "blocks.6.0.conv_pw.weight"),
+    "torchvision_efficientnet": (
+        _torchvision_efficientnet,
+        _image,
+        16,
+        "block._0._0",
+        "features.7.0.block.0.0.weight",
+    ),
+    "torch_encoder": (
+        _torch_encoder,
+        lambda: (torch.randn(2, 5, WIDTH),),
+        2,
+        "linear1",
+        "layers.1.linear1.weight",
+    ),
+    "torch_transformer": (
+        _torch_transformer,
+        _source_and_target,
+        4,
+        "multihead_attn.out_proj",
+        "decoder.layers.1.multihead_attn.out_proj.weight",
+    ),
+}
+
+
+def more(name: str) -> nn.Module:
+    torch.manual_seed(7)
+    model = MORE[name][0]().eval().requires_grad_(False)
+    for parameter in model.parameters():  # off the round starts, which hide errors
+        if parameter.ndim < 2:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))
+        elif parameter.ndim == 2:  # the libraries' 0.02 would hide every change
+            parameter.data.copy_(torch.randn(parameter.shape) * parameter.shape[1] ** -0.5)
+    return model
+
+
+def run(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    with torch.no_grad():
+        output = model(*batch)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_blocks_of_more_libraries_are_found_and_every_site_acts(name: str, tmp_path: Path) -> None:
+    _, batch, count, _, _ = MORE[name]
+    model, x = more(name), batch()
+    assert len(find_blocks(model)) == count
+    bare, tables = run(model, x), hook_tables(model)
+    vectors = tuple(
+        f"{role}:weight"
+        for role, span in roles(model).items()
+        if span.weight and model.get_parameter(span.weight).ndim == 1
+    )
+    adapters = [mm.Bottleneck(2, at="blocks[*]"), mm.Unlock(at=vectors)]
+    attachment = mm.attach(model, adapters)
+    assert len(attachment.sites) == count + len(vectors)
+    assert_close((run(model, x),), (bare,), 1e-5)  # hooks make torch leave its fused fast path
+    mm.check(model, x)
+    randomise(attachment, 0.3, 5)
+    adapted = run(model, x)
+    assert differ((adapted,), (bare,))
+    attachment.save(tmp_path)
+    other = more(name)
+    mm.load_adapter(other, tmp_path)
+    assert_equal((run(other, x),), (adapted,))
+    mm.detach(model)
+    assert hook_tables(model) == tables
+    assert_equal((run(model, x),), (bare,))
+
+
+@pytest.mark.parametrize("name", [name for name, row in MORE.items() if row[3]])
+def test_lora_in_more_libraries_equals_the_folded_weight(name: str) -> None:
+    _, batch, _, role, weight = MORE[name]
+    model, other, x = more(name), more(name), batch()
+    attachment = mm.attach(model, mm.LoRA(2), at=f"blocks[-1].{role}")
+    (layer,) = randomise(attachment, 0.3, 5).layers.values()
+    bare = run(other, x)
+    parameter = other.get_parameter(weight)
+    with torch.no_grad():
+        parameter += (layer.scale * (layer.b @ layer.a.flatten(1))).view_as(parameter)
+    assert differ((run(other, x),), (bare,))
+    assert_close((run(model, x),), (run(other, x),), 1e-5)
+
+
+def test_gpt_2s_transposed_linears_are_met_by_their_call_and_their_bias() -> None:
+    model, x = more("hf_gpt2"), _ids()
+    found = roles(model)
+    assert found["blocks[1].attn.c_attn"].ports == ("out", "in")
+    with pytest.raises(mm.errors.AdapterError, match=r"c_attn:out stands for none"):
+        mm.attach(model, mm.LoRA(2), at="blocks[*].attn.c_attn")
+    bare = run(model, x)
+    (layer,) = randomise(
+        mm.attach(model, mm.Bottleneck(2, placement="parallel"), at="blocks[0].mlp.c_fc"), 0.3, 5
+    ).layers.values()
+    assert layer.down.shape == (2, WIDTH)
+    assert layer.up.shape == (4 * WIDTH, 2)
+    assert differ((run(model, x),), (bare,))
+    mm.attach(model, mm.Unlock(), at=["blocks[*].attn.*.bias", "blocks[*].mlp.*.bias"], name="bias")
+    assert len(mm.attachments(model)["bias"].sites) == 8
+    mm.check(model, x)
+
+
+def test_a_container_is_refused_as_a_root_with_the_way_out() -> None:
+    layers = nn.Sequential(*(Block(WIDTH) for _ in range(2)))
+    with pytest.raises(
+        mm.errors.AttachError, match="a Sequential calls or counts every module"
+    ) as e:
+        mm.attach(layers, mm.Bottleneck(2), at="blocks[*]")
+    assert "wrap it in a module whose forward calls it" in e.value.hint
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -351,7 +546,12 @@ def test_paths_given_by_hand_become_roles() -> None:
         "layers[1].norm",
         "layers[0].attn.o",
         "embed",
+        "layers[0].norm.bias",
+        "layers[1].norm.bias",
+        "layers[0].attn.o.bias",
+        "embed.bias",
     ]
+    assert found["layers[1].norm"].ports == ("out", "in", "weight")
     assert found["layers[0].attn.o"].ports == ("weight",)
     assert found["layers[0].attn.o"].module == "body.0.attn"
     backbone = mm.Backbone(model, anatomy=anatomy)

@@ -68,7 +68,11 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "identity-kernel": mm.Convpass(4, scale=0.5, dropout=0.0),
         "xavier-kernel": mm.Convpass(4, kernel="xavier"),
     },
-    "unlock": {"linear": mm.Unlock(at="*.layers[*].mlp.up:weight")},
+    "unlock": {
+        "linear": mm.Unlock(at="*.layers[*].mlp.up:weight"),
+        "norms": mm.Unlock(at=("*.layers[*].norm1", "*.layers[*].norm2")),
+        "biases": mm.Unlock(at=("*.layers[*].attn.v.bias", "*.layers[*].*.bias")),
+    },
     "clip_adapter": {
         "identity": mm.ClipAdapter(reduction=1, start="identity"),
         "published": mm.ClipAdapter(reduction=2),

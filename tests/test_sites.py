@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from backbones import BACKBONES
 from hypothesis import given
 from hypothesis import strategies as st
+from snapshot import assert_equal, randomise
 
 import mmadapt as mm
 from mmadapt.core.anatomy import find_anatomy
@@ -73,6 +79,13 @@ def test_a_star_stands_for_one_word() -> None:
     assert chosen("*.*") == ["vision.pooled"]
 
 
+def test_a_bias_is_selected_by_its_word_alone() -> None:
+    roles = ["layers[0].norm", "layers[0].norm.bias", "layers[0].mlp.up", "layers[0].mlp.up.bias"]
+    assert match_roles("layers[*].*.*", roles)[0] == ["layers[0].mlp.up"]
+    assert match_roles("layers[*].*.bias", roles)[0] == ["layers[0].norm.bias"]
+    assert match_roles("layers[*].*.*.bias", roles)[0] == ["layers[0].mlp.up.bias"]
+
+
 def test_a_negative_index_counts_from_the_end_of_each_tower() -> None:
     assert chosen("*.layers[-1].mlp") == ["vision.layers[3].mlp", "text.layers[1].mlp"]
 
@@ -127,7 +140,7 @@ def test_a_pattern_is_a_non_empty_string(pattern: object) -> None:
 def test_an_unknown_port_is_refused_with_those_there_are() -> None:
     with pytest.raises(SiteError, match="names the port 'output'") as caught:
         chosen("vision.pooled:output")
-    assert caught.value.hint == "ports are in, out, weight"
+    assert caught.value.hint == "ports are in, out, weight, around"
 
 
 def test_roles_are_parsed_into_words_and_indices() -> None:
@@ -232,6 +245,60 @@ def test_a_forgotten_index_is_suggested() -> None:
     assert "layers[*].mlp" in caught.value.hint
 
 
+# -- names that have changed ---------------------------------------------------------------------
+
+
+def renamed(model: Any) -> mm.Backbone:
+    """The model with an anatomy that once said `blocks` for layers, and `ff` for the mlp of text."""
+    old = {"vision.blocks[i]": "vision.layers[i]", "text.layers[i].ff": "text.layers[i].mlp"}
+    return mm.Backbone(model, anatomy=replace(find_anatomy(model), aliases=old))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vision.blocks[-1].mlp", ["vision.layers[1].mlp"]),
+        ("vision.blocks[*].attn.q", ["vision.layers[0].attn.q", "vision.layers[1].attn.q"]),
+        ("vision.blocks[0].norm1.bias", ["vision.layers[0].norm1.bias"]),
+        ("text.layers[1].ff", ["text.layers[1].mlp"]),
+        ("text.layers[1].ff.up", ["text.layers[1].mlp.up"]),
+        ("vision.layers[0].mlp", ["vision.layers[0].mlp"]),
+    ],
+)
+def test_an_old_name_selects_what_it_is_called_now(old: str, new: list[str]) -> None:
+    model = renamed(BACKBONES["hf_clip"].fresh())
+    assert [record["site"] for record in mm.sites(model, old).records()] == new
+    with pytest.raises(SiteError, match="matches nothing"):
+        mm.sites(model, "vision.block[0].mlp")
+
+
+def test_a_star_does_not_select_a_site_twice_by_its_old_name() -> None:
+    model = renamed(BACKBONES["hf_clip"].fresh())
+    attachment = mm.attach(model, mm.Bottleneck(2), at=["*.layers[*].mlp", "text.layers[0].ff"])
+    assert len(attachment.sites) == 4
+
+
+def test_a_file_with_an_old_name_loads_where_the_name_has_changed(tmp_path: Path) -> None:
+    tiny = BACKBONES["hf_clip"]
+    before = tiny.fresh()
+    present = find_anatomy(before)
+    old = {role.replace("vision.layers", "vision.blocks"): s for role, s in present.spans.items()}
+    taps = {tap.replace("vision.layers", "vision.blocks"): at for tap, at in present.taps.items()}
+    anatomy = replace(present, spans=old, taps=taps)
+    at = ("vision.blocks[*].mlp", "vision.blocks[0].attn")
+    adapter = mm.Bottleneck(2, at=at)
+    randomise(mm.attach(mm.Backbone(before, anatomy=anatomy), adapter), 0.3, 5).save(tmp_path)
+    assert "vision.blocks[0].mlp:out" in (tmp_path / "adapter.json").read_text()
+    with pytest.raises(mm.errors.WrongBackboneError, match=r"vision.blocks\[0\].attn:out"):
+        mm.load_adapter(tiny.fresh(), tmp_path)
+    after = renamed(tiny.fresh())
+    assert mm.load_adapter(after, tmp_path).sites[0] == "vision.layers[0].attn:out"
+    with torch.no_grad():
+        assert_equal(tiny.outputs(after.model), tiny.outputs(before))
+    mm.save(after, tmp_path / "again")
+    mm.load_adapter(tiny.fresh(), tmp_path / "again")
+
+
 # -- real backbones -----------------------------------------------------------------------------
 
 
@@ -249,8 +316,10 @@ def test_the_table_of_sites_counts_every_role_once(name: str) -> None:
     model = BACKBONES[name].fresh()
     spans = find_anatomy(model).roles(model)
     table = mm.sites(model)
-    assert sum(record["sites"] for record in table.records()) == len(spans)
-    assert f"{len(spans)} roles" in table.title
+    biases = [role for role in spans if role.endswith(".bias")]
+    assert sum(record["sites"] for record in table.records()) == len(spans) - len(biases)
+    assert f"{len(spans) - len(biases)} roles" in table.title
+    assert [note.split()[0] for note in table.notes] == ([f"{len(biases)}"] if biases else [])
 
 
 def test_the_table_of_sites_lists_what_a_pattern_selects() -> None:

@@ -547,6 +547,8 @@ def _converted(source: nn.Module) -> nn.Module:
         mm.Bottleneck(4),
         mm.Bottleneck(4, placement="parallel"),
         mm.ClipAdapter(reduction=2),
+        mm.ScaleShift(),
+        mm.Unlock(at=("*.layers[*].norm1", "*.layers[*].attn.*.bias", "vision.norm.bias")),
     ],
     ids=lambda adapter: f"{adapter.method}-{getattr(adapter, 'placement', '')}",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from mmadapt.core.site import Span
@@ -18,14 +19,44 @@ def linears(prefix: str, path: str, names: dict[str, str]) -> dict[str, Span]:
     return {f"{prefix}.{word}": linear(f"{path}.{name}") for word, name in names.items()}
 
 
+def norm(path: str, layout: str = "BTC") -> Span:
+    """A norm over channels, met at its output or at its weight."""
+    weight = f"{path}.weight"
+    return Span(path, ("out", "weight"), "0|input", channels=weight, layout=layout, weight=weight)
+
+
+def norms(prefix: str, path: str, first: str, second: str) -> dict[str, Span]:
+    """The roles `norm1` and `norm2` of a block: before attention and MLP, or behind them."""
+    return {
+        f"{prefix}.norm1": norm(f"{path}.{first}"),
+        f"{prefix}.norm2": norm(f"{path}.{second}"),
+    }
+
+
+def patches(path: str) -> Span:
+    """The convolution that makes a token of each patch."""
+    weight = f"{path}.weight"
+    return Span(
+        path,
+        ("out", "weight"),
+        x="0|input",
+        channels=f"{weight}@0",
+        channels_in=f"{weight}@1",
+        layout="BCHW",
+        weight=weight,
+    )
+
+
 def logits(path: str, layout: str = "BK") -> Span:
     """A linear classifier: features in, one value per class out."""
     return Span(
         path,
+        ("out", "in", "weight"),
         x="0|input",
         channels=f"{path}.weight@0",
         channels_in=f"{path}.weight@1",
         layout=layout,
+        weight=f"{path}.weight",
     )
 
 
@@ -40,10 +71,11 @@ def hf_layers(tower: str, path: str) -> dict[str, Span]:
         **linears(f"{role}.attn", f"{block}.self_attn", projections),
         f"{role}.mlp": Span(f"{block}.mlp", channels=channels),
         **linears(f"{role}.mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+        **norms(role, block, "layer_norm1", "layer_norm2"),
     }
 
 
-def timm_layers(tower: str, path: str) -> dict[str, Span]:
+def timm_layers(tower: str, path: str, model: Any) -> dict[str, Span]:
     """Pre-norm blocks of timm's vision transformers.
 
     q, k and v share one called linear, `attn.qkv`: each is a third of its output columns.
@@ -59,20 +91,33 @@ def timm_layers(tower: str, path: str) -> dict[str, Span]:
         spans[f"{role}.attn.{word}"] = Span(
             fused, ("out", "weight"), x="0|input", weight=f"{fused}.weight", block=(place, 3)
         )
-    return {
+    spans = {
         **spans,
         f"{role}.attn.o": linear(f"{block}.attn.proj"),
         f"{role}.mlp": Span(f"{block}.mlp", x="0|x", channels=channels),
         **linears(f"{role}.mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+        **norms(role, block, "norm1", "norm2"),
     }
+    return with_prefix(spans, model.num_prefix_tokens)
 
 
-def norm_taps(tower: str, path: str, first: str, second: str) -> dict[str, str]:
-    """The taps `norm1` and `norm2` of every block."""
+def block_taps(tower: str, path: str, first: str, second: str) -> dict[str, str]:
+    """The taps of every pre-norm block: `norm1`, `norm2` and, beside each branch, `residual`.
+
+    A residual is the stream as its branch's norm reads it, raw.
+    """
+    block, role = path + ".{i}", f"{tower}.layers[i]"
     return {
-        f"{tower}.layers[i].norm1": f"{path}.{{i}}.{first}:out",
-        f"{tower}.layers[i].norm2": f"{path}.{{i}}.{second}:out",
+        f"{role}.norm1": f"{block}.{first}:out",
+        f"{role}.norm2": f"{block}.{second}:out",
+        f"{role}.attn.residual": f"{block}.{first}:in",
+        f"{role}.mlp.residual": f"{block}.{second}:in",
     }
+
+
+def with_prefix(spans: dict[str, Span], tokens: int) -> dict[str, Span]:
+    """The same spans, where T holds a grid of patches behind so many other tokens."""
+    return {role: replace(span, prefix=tokens) for role, span in spans.items()}
 
 
 def activation_name(module: object) -> str:

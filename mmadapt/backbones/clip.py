@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.backbones.blocks import (
     activation_name,
+    block_taps,
     hf_layers,
     linear,
-    norm_taps,
+    norm,
+    norms,
+    patches,
     text_mask,
     timm_layers,
+    with_prefix,
 )
-from mmadapt.backbones.vit import timm_facts
+from mmadapt.backbones.vit import timm_ends, timm_facts
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
@@ -42,7 +46,7 @@ def _open_clip_layers(tower: str, path: str) -> dict[str, Span]:
     roles[f"{tower}.layers[i].mlp"] = Span(f"{block}.mlp", x="0|input", channels=channels)
     for word, name in (("up", "c_fc"), ("down", "c_proj")):
         roles[f"{tower}.layers[i].mlp.{word}"] = linear(f"{block}.mlp.{name}")
-    return roles
+    return {**roles, **norms(f"{tower}.layers[i]", block, *_NORMS)}
 
 
 # -- open_clip ----------------------------------------------------------------------------------
@@ -55,14 +59,20 @@ def open_clip_anatomy(model: nn.Module) -> Anatomy:
 
     A timm vision transformer as vision tower (SigLIP and others) is named by timm's own table.
     """
-    timm = _timm_trunk(model.visual) is not None
-    vision = "visual.trunk.blocks" if timm else "visual.transformer.resblocks"
-    layers, norms = (timm_layers, ("norm1", "norm2")) if timm else (_open_clip_layers, _NORMS)
+    trunk = _timm_trunk(model.visual)
+    if trunk is not None:
+        vision, first_last = "visual.trunk.blocks", ("norm1", "norm2")
+        layers = timm_layers("vision", vision, trunk)
+    else:
+        vision, first_last = "visual.transformer.resblocks", _NORMS
+        layers = with_prefix(_open_clip_layers("vision", vision), 1)
     text = "text.transformer" if hasattr(model, "text") else "transformer"
     spans = {
-        **layers("vision", vision),
+        **layers,
+        **_open_clip_ends(model.visual, "visual."),
         "vision.pooled": Span("visual", x="0|x", channels=_open_clip_pooled(model), layout="BD"),
         **_open_clip_layers("text", f"{text}.resblocks"),
+        "text.norm": norm("text.ln_final" if hasattr(model, "text") else "ln_final"),
     }
     if hasattr(model, "text"):
         spans["text.pooled"] = Span(
@@ -73,8 +83,8 @@ def open_clip_anatomy(model: nn.Module) -> Anatomy:
         spans=spans,
         towers={"vision": "visual", "text": text},
         taps={
-            **norm_taps("vision", vision, *norms),
-            **norm_taps("text", f"{text}.resblocks", *_NORMS),
+            **block_taps("vision", vision, *first_last),
+            **block_taps("text", f"{text}.resblocks", *_NORMS),
         },
         facts=_open_clip_facts,
         encode={"image": _open_clip_image, "text": _open_clip_text},
@@ -86,14 +96,30 @@ def open_clip_vision_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="clip-vision",
         spans={
-            **_open_clip_layers("vision", "transformer.resblocks"),
+            **with_prefix(_open_clip_layers("vision", "transformer.resblocks"), 1),
+            **_open_clip_ends(model, ""),
             "vision.pooled": Span("", x="0|x", channels="proj@1", layout="BD"),
         },
         towers={"vision": ""},
-        taps=norm_taps("vision", "transformer.resblocks", *_NORMS),
+        taps=block_taps("vision", "transformer.resblocks", *_NORMS),
         facts=_open_clip_vision_facts,
         encode={"image": _call},
     )
+
+
+def _open_clip_ends(visual: Any, path: str) -> dict[str, Span]:
+    """What stands before and behind the blocks of a vision transformer; nothing in a ResNet."""
+    trunk = _timm_trunk(visual)
+    if trunk is not None:
+        return timm_ends(trunk, f"{path}trunk.")
+    if not hasattr(visual, "transformer"):
+        return {}
+    pooled_first = getattr(visual, "final_ln_after_pool", False)
+    return {
+        "vision.patches": patches(f"{path}conv1"),
+        "vision.embeddings.norm": norm(f"{path}ln_pre"),
+        "vision.norm": norm(f"{path}ln_post", "BD" if pooled_first else "BTC"),
+    }
 
 
 def _timm_trunk(visual: Any) -> Any:
@@ -167,19 +193,18 @@ def hf_clip_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="clip",
         spans={
-            **hf_layers("vision", "vision_model.encoder.layers"),
-            "vision.pooled": Span(
-                "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
-            ),
+            **with_prefix(hf_layers("vision", "vision_model.encoder.layers"), 1),
+            **_hf_ends("vision_model."),
             **hf_layers("text", "text_model.encoder.layers"),
+            "text.norm": norm("text_model.final_layer_norm"),
             "text.pooled": Span(
                 "text_projection", x="0|input", channels="text_projection.weight", layout="BD"
             ),
         },
         towers={"vision": "vision_model", "text": "text_model"},
         taps={
-            **norm_taps("vision", "vision_model.encoder.layers", "layer_norm1", "layer_norm2"),
-            **norm_taps("text", "text_model.encoder.layers", "layer_norm1", "layer_norm2"),
+            **block_taps("vision", "vision_model.encoder.layers", "layer_norm1", "layer_norm2"),
+            **block_taps("text", "text_model.encoder.layers", "layer_norm1", "layer_norm2"),
         },
         fills={"text_model": text_mask},
         facts=_hf_clip_facts,
@@ -190,18 +215,28 @@ def hf_clip_anatomy(model: nn.Module) -> Anatomy:
 def hf_clip_vision_anatomy(model: nn.Module) -> Anatomy:
     """`transformers.CLIPVisionModel`, with or without its projection."""
     inner = "vision_model." if hasattr(model, "vision_model") else ""
-    spans = hf_layers("vision", f"{inner}encoder.layers")
-    spans["vision.pooled"] = Span(
-        "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
-    )
     return Anatomy(
         family="clip-vision",
-        spans=spans,
+        spans={
+            **with_prefix(hf_layers("vision", f"{inner}encoder.layers"), 1),
+            **_hf_ends(inner),
+        },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", f"{inner}encoder.layers", "layer_norm1", "layer_norm2"),
+        taps=block_taps("vision", f"{inner}encoder.layers", "layer_norm1", "layer_norm2"),
         facts=_hf_vision_facts,
         encode={"image": _hf_embeds},
     )
+
+
+def _hf_ends(inner: str) -> dict[str, Span]:
+    return {
+        "vision.patches": patches(f"{inner}embeddings.patch_embedding"),
+        "vision.embeddings.norm": norm(f"{inner}pre_layrnorm"),
+        "vision.norm": norm(f"{inner}post_layernorm", "BD"),
+        "vision.pooled": Span(
+            "visual_projection", x="0|input", channels="visual_projection.weight", layout="BD"
+        ),
+    }
 
 
 def _hf_vision_facts(model: Any) -> dict[str, Any]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import hf_layers, logits, norm_taps, text_mask
+from mmadapt.backbones.blocks import (
+    block_taps,
+    hf_layers,
+    logits,
+    norm,
+    patches,
+    text_mask,
+    with_prefix,
+)
 from mmadapt.backbones.clip import hf_image, hf_text
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
@@ -20,17 +28,18 @@ def siglip_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="siglip",
         spans={
-            **hf_layers("vision", vision),
-            "vision.pooled": _pooled("vision_model.head"),
+            **with_prefix(hf_layers("vision", vision), 0),
+            **_vision_ends("vision_model."),
             **hf_layers("text", text),
+            "text.norm": norm("text_model.final_layer_norm"),
             "text.pooled": Span(
                 "text_model.head", x="0|input", channels="text_model.head.weight", layout="BD"
             ),
         },
         towers={"vision": "vision_model", "text": "text_model"},
         taps={
-            **norm_taps("vision", vision, "layer_norm1", "layer_norm2"),
-            **norm_taps("text", text, "layer_norm1", "layer_norm2"),
+            **block_taps("vision", vision, "layer_norm1", "layer_norm2"),
+            **block_taps("text", text, "layer_norm1", "layer_norm2"),
         },
         fills={"text_model": text_mask},
         facts=_facts,
@@ -46,19 +55,27 @@ def siglip_vision_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         family="siglip-vision",
         spans={
-            **hf_layers("vision", layers),
-            "vision.pooled": _pooled(f"{inner}head"),
+            **with_prefix(hf_layers("vision", layers), 0),
+            **_vision_ends(inner),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", layers, "layer_norm1", "layer_norm2"),
+        taps=block_taps("vision", layers, "layer_norm1", "layer_norm2"),
         facts=_vision_facts,
         encode={} if classifies else {"image": _pool},
     )
 
 
-def _pooled(head: str) -> Span:
-    return Span(head, x="0|hidden_state", channels=f"{head}.layernorm.weight", layout="BD")
+def _vision_ends(inner: str) -> dict[str, Span]:
+    """What stands before and behind the vision tower's blocks."""
+    head = f"{inner}head"
+    return {
+        "vision.patches": patches(f"{inner}embeddings.patch_embedding"),
+        "vision.norm": norm(f"{inner}post_layernorm"),
+        "vision.pooled": Span(
+            head, x="0|hidden_state", channels=f"{head}.layernorm.weight", layout="BD"
+        ),
+    }
 
 
 def _pool(model: Any, pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vision transformers: ViT and DINOv2 of transformers, and timm's `VisionTransformer`.
+"""Vision transformers: ViT, DeiT, BEiT, ViT-MAE and DINOv2 of transformers, timm's `VisionTransformer`.
 
 Where a block scales its branches before adding them (layer scale), the roles `attn` and `mlp` are
 the branches before that scale, in every library.
@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import activation_name, linears, logits, norm_taps, timm_layers
+from mmadapt.backbones.blocks import (
+    activation_name,
+    block_taps,
+    linears,
+    logits,
+    norm,
+    norms,
+    patches,
+    timm_layers,
+    with_prefix,
+)
 from mmadapt.core.anatomy import Anatomy
-from mmadapt.core.site import Span
+from mmadapt.core.site import NO_GRID, Span
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,26 +28,36 @@ if TYPE_CHECKING:
 # -- ViT ----------------------------------------------------------------------------------------
 
 
-def vit_anatomy(model: nn.Module) -> Anatomy:
-    """`transformers.ViTModel` and `ViTForImageClassification`."""
-    inner = "vit." if hasattr(model, "vit") else ""
+#: tokens before the patches; the masked autoencoder leaves out and shuffles patches
+_PREFIX = {"vit": 1, "beit": 1, "deit": 2, "vit_mae": NO_GRID}
+
+
+def vit_anatomy(model: Any) -> Anatomy:
+    """ViT, DeiT, BEiT and ViT-MAE of transformers, bare or with a head."""
+    kind = model.config.model_type
+    inner = next((f"{name}." for name in ("vit", "deit", "beit") if hasattr(model, name)), "")
     tower = f"{inner}layers"
     block = tower + ".{i}"
     channels = f"{block}.layernorm_before.weight"
+    role = "vision.layers[i]"
+    layers = {
+        role: Span(block, channels=channels),
+        f"{role}.attn": Span(f"{block}.attention", channels=channels),
+        **linears(f"{role}.attn", f"{block}.attention", {w: f"{w}_proj" for w in "qkvo"}),
+        f"{role}.mlp": Span(f"{block}.mlp", channels=channels),
+        **linears(f"{role}.mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+        **norms(role, block, "layernorm_before", "layernorm_after"),
+    }
     return Anatomy(
-        family="vit",
+        family=kind,
         spans={
-            "vision.layers[i]": Span(block, channels=channels),
-            "vision.layers[i].attn": Span(f"{block}.attention", channels=channels),
-            **linears(
-                "vision.layers[i].attn", f"{block}.attention", {w: f"{w}_proj" for w in "qkvo"}
-            ),
-            "vision.layers[i].mlp": Span(f"{block}.mlp", channels=channels),
-            **linears("vision.layers[i].mlp", f"{block}.mlp", {"up": "fc1", "down": "fc2"}),
+            **with_prefix(layers, _PREFIX[kind]),
+            "vision.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
+            "vision.norm": norm(f"{inner}layernorm"),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", tower, "layernorm_before", "layernorm_after"),
+        taps=block_taps("vision", tower, "layernorm_before", "layernorm_after"),
         facts=_vit_facts,
     )
 
@@ -81,18 +101,25 @@ def dinov2_anatomy(model: nn.Module) -> Anatomy:
         mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     else:  # SwiGLU of releases that pack gate and value
         mlp = {"up": "weights_in", "down": "weights_out"}
+    registers = getattr(model.config, "num_register_tokens", 0)  # type: ignore[union-attr]
+    layers = {
+        role: Span(block, channels=channels),
+        f"{role}.attn": Span(f"{block}.attention", channels=channels),
+        **linears(f"{role}.attn", f"{block}.attention", attention),
+        f"{role}.mlp": Span(f"{block}.mlp", x="0|hidden_state", channels=channels),
+        **linears(f"{role}.mlp", f"{block}.mlp", mlp),
+        **norms(role, block, "norm1", "norm2"),
+    }
     return Anatomy(
         family="dinov2",
         spans={
-            role: Span(block, channels=channels),
-            f"{role}.attn": Span(f"{block}.attention", channels=channels),
-            **linears(f"{role}.attn", f"{block}.attention", attention),
-            f"{role}.mlp": Span(f"{block}.mlp", x="0|hidden_state", channels=channels),
-            **linears(f"{role}.mlp", f"{block}.mlp", mlp),
+            **with_prefix(layers, 1 + registers),
+            "vision.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
+            "vision.norm": norm(f"{inner}layernorm"),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=norm_taps("vision", path, "norm1", "norm2"),
+        taps=block_taps("vision", path, "norm1", "norm2"),
         facts=_dinov2_facts,
     )
 
@@ -116,7 +143,8 @@ def timm_vit_anatomy(model: nn.Module) -> Anatomy:
     """`timm.models.vision_transformer.VisionTransformer` and what inherits from it."""
     from torch import nn
 
-    spans = timm_layers("vision", "blocks")
+    spans = timm_layers("vision", "blocks", model)
+    spans.update(timm_ends(model))
     spans["vision.pooled"] = Span(
         "head_drop", x="0|input", channels="blocks.0.norm1.weight", layout="BD"
     )
@@ -126,9 +154,18 @@ def timm_vit_anatomy(model: nn.Module) -> Anatomy:
         family="timm-vit",
         spans=spans,
         towers={"vision": ""},
-        taps=norm_taps("vision", "blocks", "norm1", "norm2"),
+        taps=block_taps("vision", "blocks", "norm1", "norm2"),
         facts=timm_facts,
     )
+
+
+def timm_ends(model: Any, path: str = "") -> dict[str, Span]:
+    """What stands before and behind the blocks of a timm vision transformer."""
+    averaged = getattr(model.norm, "weight", None) is None  # then the norm follows the pooling
+    return {
+        "vision.patches": patches(f"{path}patch_embed.proj"),
+        "vision.norm": norm(f"{path}fc_norm", "BD") if averaged else norm(f"{path}norm"),
+    }
 
 
 def timm_facts(model: Any) -> dict[str, Any]:

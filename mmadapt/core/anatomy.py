@@ -8,11 +8,12 @@ the entry-point group `mmadapt.anatomies` (name: "module.Class", value: a functi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.site import SiteView, Span
+from mmadapt.core.site import BIAS, SiteView, Span
 from mmadapt.errors import SiteError
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ class Anatomy:
     spans: Mapping[str, Span]
     #: per tower, the module whose call runs all of the tower's blocks
     towers: Mapping[str, str] = field(default_factory=dict)
-    #: read-only taps: role -> "module path:out"
+    #: read-only taps: role -> "module path:out" or, for what the module is given, "module path:in"
     taps: Mapping[str, str] = field(default_factory=dict)
     #: path of a tower -> function (module, args, kwargs of its call) -> facts about this forward pass,
     #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding
     fills: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
     #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
     facts: Callable[[Any], dict[str, Any]] | None = None
+    #: names that have changed: old role, or its beginning -> the present one
+    aliases: Mapping[str, str] = field(default_factory=dict)
     #: "image" / "text" -> function (model, batch) -> pooled embeddings (B, D), not normalised
     encode: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
 
@@ -46,9 +49,9 @@ class Anatomy:
         """An anatomy of your own: role -> path of the module that plays it.
 
         Where `[i]` stands in a role and `{i}` in its path, every child of that list gets a role.
-        Linears can be met at all ports, convolutions at their weight, other modules at their call,
-        whose width is read from the weights inside. Raises `BackboneError` for a path that is not
-        there.
+        Linears and norms can be met at all ports, convolutions at their weight, other modules at
+        their call, whose width is read from the weights inside; biases become roles of their own.
+        Raises `BackboneError` for a path that is not there.
 
             anatomy = mm.Anatomy.from_paths(net, {"layers[i].mlp": "trunk.{i}.ff", "head": "out"})
             backbone = mm.Backbone(net, anatomy=anatomy)
@@ -56,13 +59,27 @@ class Anatomy:
         return importlib.import_module("mmadapt.backbones.generic").named(model, paths)
 
     def roles(self, model: nn.Module) -> dict[str, Span]:
-        """Every role this model really has, with its span, in the order of the table."""
+        """Every role this model really has, with its span: those of the table, then their biases."""
         found: dict[str, Span] = {}
+        find = dict(model.named_modules(remove_duplicate=False)).__getitem__
         for role, span in self.spans.items():
-            for index in _indices(model, span.module) if "[i]" in role else (None,):
+            for index in _indices(find, span.module) if "[i]" in role else (None,):
                 concrete = _at(span, index)
-                if _has(model, concrete):
+                if _has(find, concrete):
                     found[role.replace("[i]", f"[{index}]")] = concrete
+        biases = {f"{role}.{BIAS}": _bias(find, span) for role, span in found.items()}
+        return found | {role: span for role, span in biases.items() if span is not None}
+
+    def former(self, roles: Iterable[str]) -> dict[str, str]:
+        """Every old name of these roles, and the role it stands for now."""
+        found = {}
+        for old, new in self.aliases.items():
+            begins = re.compile(re.escape(new).replace(r"\[i\]", r"\[(\d+)\]") + r"(?=\.|$)")
+            for role in roles:
+                match = begins.match(role)
+                if match:
+                    name = old.replace("[i]", f"[{match[1]}]") if match.groups() else old
+                    found[name + role[match.end() :]] = role
         return found
 
     def view(self, model: nn.Module, role: str, port: str, span: Span) -> SiteView:
@@ -77,13 +94,14 @@ class Anatomy:
             path, _, parameter = span.weight.rpartition(".")
             holder = model.get_submodule(path)
             reference = weight = holder.get_parameter(parameter)
-            width, width_in = weight.shape[0] // span.block[1], weight[:1].numel()
+            width = weight.shape[0] // span.block[1]
+            width_in = weight[:1].numel() if weight.ndim > 1 else width
             rows = (span.block[0] * width, (span.block[0] + 1) * width)
         if span.channels:
-            reference, width = _sized(model, span.channels)
+            reference, width = _sized(model.get_submodule, span.channels)
             width_in = width
         if span.channels_in:
-            _, width_in = _sized(model, span.channels_in)
+            _, width_in = _sized(model.get_submodule, span.channels_in)
         return SiteView(
             name=f"{role}:{port}",
             port=port,
@@ -101,10 +119,14 @@ class Anatomy:
         )
 
     def tap(self, role: str, name: str) -> tuple[str, str]:
-        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out")."""
-        block, _, _ = role.rpartition("]")
-        index = block.rpartition("[")[2]
-        for wanted in (f"{block}].{name}" if block else name, name):
+        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out").
+
+        The nearest one counts: a role's own, then that of the module around it, up to the model's.
+        """
+        index = role.rpartition("]")[0].rpartition("[")[2]
+        words = role.split(".")
+        for depth in range(len(words), -1, -1):
+            wanted = ".".join([*words[:depth], name])
             template = wanted.replace(f"[{index}]", "[i]") if index else wanted
             if template in self.taps:
                 return wanted, self.taps[template].replace("{i}", index)
@@ -114,12 +136,15 @@ class Anatomy:
         )
 
 
-def _indices(model: nn.Module, path: str) -> range:
+_Find = Callable[[str], "nn.Module"]  # the module at a path
+
+
+def _indices(find: _Find, path: str) -> range:
     """Indices of the repeated blocks that `{i}` in `path` stands for; empty where there are none."""
     container, _, _ = path.partition(".{i}")
     try:
-        return range(len(list(model.get_submodule(container).children())))
-    except AttributeError:
+        return range(len(list(find(container).children())))
+    except KeyError:
         return range(0)
 
 
@@ -140,21 +165,37 @@ def _at(span: Span, index: int | None) -> Span:
     )
 
 
-def _sized(model: nn.Module, where: str) -> tuple[Tensor, int]:
+def _bias(find: _Find, span: Span) -> Span | None:
+    """The bias beside the span's weight, with the same share of its rows; None without one."""
+    path, _, parameter = span.weight.rpartition(".")
+    name = bias_name(parameter)
+    if not name or getattr(find(path), name, None) is None:
+        return None
+    where = f"{path}.{name}" if path else name
+    return Span(span.module, ("weight",), layout=span.layout, weight=where, block=span.block)
+
+
+def bias_name(parameter: str) -> str:
+    """What the bias beside a weight is called: "in_proj_bias" beside "in_proj_weight"."""
+    stem = parameter.removesuffix("weight")
+    return f"{stem}bias" if stem != parameter else ""
+
+
+def _sized(find: _Find, where: str) -> tuple[Tensor, int]:
     """The tensor at "path" or "path@dimension", and its size there."""
     path, _, dimension = where.partition("@")
     owner, _, name = path.rpartition(".")
-    tensor = getattr(model.get_submodule(owner), name)  # a parameter or a buffer
+    tensor = getattr(find(owner), name)  # a parameter or a buffer
     return tensor, tensor.shape[int(dimension or 0)]
 
 
-def _has(model: nn.Module, span: Span) -> bool:
+def _has(find: _Find, span: Span) -> bool:
     try:
-        model.get_submodule(span.module)
+        find(span.module)
         for where in (span.channels, span.channels_in, span.weight):
             if where:
-                _sized(model, where)
-    except (AttributeError, IndexError):
+                _sized(find, where)
+    except (KeyError, AttributeError, IndexError):
         return False
     return True
 
@@ -192,11 +233,39 @@ KNOWN: dict[str, str] = {
         for suffix in ("Model", "ForImageClassification")
     },
     **{
-        f"transformers.models.bert.modeling_bert.Bert{suffix}": "mmadapt.backbones.bert:bert_anatomy"
-        for suffix in ("Model", "ForSequenceClassification", "ForTokenClassification")
+        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
+            f"mmadapt.backbones.bert:{table}_anatomy"
+        )
+        for family, prefix, table in (
+            ("bert", "Bert", "bert"),
+            ("roberta", "Roberta", "bert"),
+            ("xlm_roberta", "XLMRoberta", "bert"),
+            ("camembert", "Camembert", "bert"),
+            ("electra", "Electra", "bert"),
+            ("deberta_v2", "DebertaV2", "deberta"),
+            ("distilbert", "DistilBert", "distilbert"),
+        )
+        for suffix in (
+            "Model",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+            "ForMaskedLM",
+        )
     },
-    "transformers.models.vit.modeling_vit.ViTModel": "mmadapt.backbones.vit:vit_anatomy",
-    "transformers.models.vit.modeling_vit.ViTForImageClassification": (
+    **{
+        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
+            "mmadapt.backbones.vit:vit_anatomy"
+        )
+        for family, prefix in (
+            ("vit", "ViT"),
+            ("deit", "DeiT"),
+            ("beit", "Beit"),
+            ("vit_mae", "ViTMAE"),
+        )
+        for suffix in ("Model", "ForImageClassification")
+    },
+    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": (
         "mmadapt.backbones.vit:vit_anatomy"
     ),
     "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",

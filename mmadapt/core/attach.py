@@ -66,7 +66,7 @@ def resolve(
     if at is None and adapter.at is None:
         # defaults name roles of many families; one that is offered is enough
         patterns = [p for p in patterns if _matches(p, spans, adapter.ports)] or patterns
-    pairs = select(patterns, spans, adapter.ports)
+    pairs = select(patterns, spans, adapter.ports, anatomy.former(spans))
     return [anatomy.view(model, role, port, spans[role]) for role, port in pairs]
 
 

@@ -17,13 +17,14 @@ from mmadapt.core.context import Choice, Forwards
 from mmadapt.core.dispatch import AroundHook, InHook, OutHook, Plan, ShareHook, SiteHook
 from mmadapt.core.effective import WeightHook, WeightRestore, WeightSite
 from mmadapt.core.layer import Layer
-from mmadapt.core.passes import Begin, End, FirstForward, TapHook
+from mmadapt.core.passes import Begin, End, FirstForward, InputTapHook, TapHook
 from mmadapt.errors import AttachError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from mmadapt.adapter import Adapter
     from mmadapt.core.anatomy import Anatomy
@@ -113,9 +114,11 @@ class Bank(nn.Module):
         """Put one dispatcher at `site`, if none stands there, and the taps its layers read."""
         for tap, path in taps.items():
             if tap not in self.tap_hooks:
-                module = self._root.get_submodule(path.partition(":")[0])
-                self.tap_hooks[tap] = TapHook(tap, self.forwards)
-                self.handles[f"tap {tap}"] = [module.register_forward_hook(self.tap_hooks[tap])]
+                where, _, end = path.partition(":")
+                module = self._root.get_submodule(where)
+                kind = InputTapHook if end == "in" else TapHook
+                self.tap_hooks[tap] = kind(tap, self.forwards)
+                self.handles[f"tap {tap}"] = [self.tap_hooks[tap].register(module)]
         if site.name in self.hooks:
             self.hooks[site.name].site.taps.update(site.taps)
             return
@@ -133,23 +136,20 @@ class Bank(nn.Module):
         module = site.module
         if site.port == "in":
             hook = InHook(site, self.forwards)
-            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            self.handles[site.name] = [handle]
+            self.handles[site.name] = [_first_before(module, hook)]
             return hook
         hook = OutHook(site, self.forwards)
         if site.span.block[1] > 1:
             self._share_hook(site).sites.append(hook)
             return hook
-        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-        self.handles[site.name] = [handle]
+        self.handles[site.name] = [_first_after(module, hook)]
         return hook
 
     def _share_hook(self, site: SiteView) -> ShareHook:
         key = f"share {site.span.module}"
         if key not in self.groups:
             hook = self.groups[key] = ShareHook(self.forwards)
-            handle = site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-            self.handles[key] = [handle]
+            self.handles[key] = [_first_after(site.module, hook)]
         return self.groups[key]  # type: ignore[return-value]
 
     def _weight_hook(self, site: SiteView) -> WeightHook:
@@ -158,7 +158,7 @@ class Bank(nn.Module):
             assert site.holder is not None
             hook = self.groups[key] = WeightHook(site.holder, site.parameter, self.forwards)
             self.handles[key] = [
-                site.module.register_forward_pre_hook(hook, prepend=True),
+                _first_before(site.module, hook),
                 site.module.register_forward_hook(WeightRestore(hook), always_call=True),
             ]
         return self.groups[key]  # type: ignore[return-value]
@@ -176,7 +176,7 @@ class Bank(nn.Module):
             module = self._root.get_submodule(path)
             self.begins.append(begin)
             self.handles[f"begin {path}"] = [
-                module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+                _first_before(module, begin),
                 module.register_forward_hook(End(begin), always_call=True),
             ]
 
@@ -399,6 +399,25 @@ def reset_compiled_code() -> None:
     """Compiled code does not see new hooks; drop it, where dynamo has been in use at all."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+def _first_before(module: nn.Module, hook: Any) -> RemovableHandle:
+    handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    _reorder(module._forward_pre_hooks)
+    return handle
+
+
+def _first_after(module: nn.Module, hook: Any) -> RemovableHandle:
+    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+    _reorder(module._forward_hooks)
+    return handle
+
+
+def _reorder(hooks: dict[int, Any]) -> None:
+    """torch.compile finds hooks by the order they were inserted in, which `prepend` does not change."""
+    ordered = list(hooks.items())
+    hooks.clear()
+    hooks.update(ordered)
 
 
 def _below(module: str, tower: str) -> bool:

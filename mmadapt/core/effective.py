@@ -33,7 +33,7 @@ class WeightHook:
         self._cached: tuple[tuple, Tensor] | None = None
         self.thread = 0
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         plans, context, asleep = acting(self.forwards, self.sites)
         if not plans:
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.anatomy import bias_name
 from mmadapt.core.attached import require_bank, require_name
 from mmadapt.errors import MergeError
 
@@ -148,7 +149,7 @@ def _put_rows(
 
 def _bias_name(site: SiteView) -> str | None:
     """The bias beside the site's weight, where there is one."""
-    name = site.parameter[: -len("weight")] + "bias" if site.parameter.endswith("weight") else ""
+    name = bias_name(site.parameter)
     return name if name and getattr(site.holder, name, None) is not None else None
 
 

@@ -25,14 +25,32 @@ class TapHook:
         self.forwards = forwards
         self.readers = 0
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def register(self, module: nn.Module) -> RemovableHandle:
+        """Put it behind whatever already changes the module's output."""
+        return module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, *call: Any) -> None:
         readers, context = self.readers, self.forwards.context
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recomputed = self.forwards.recomputed()
             if recomputed is not None:
                 readers, context = recomputed[0].readers.get(self, 0), recomputed[1]
         if readers:
-            context.leave(self.name, output if isinstance(output, Tensor) else output[0], readers)
+            context.leave(self.name, self.value(*call), readers)
+
+    def value(self, args: tuple, output: Any) -> Tensor:
+        """What is left, of a call's arguments and output."""
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class InputTapHook(TapHook):
+    """Leaves the first argument of a module's call, as it is after every adapter before it."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def value(self, args: tuple, kwargs: Any) -> Tensor:
+        return args[0] if args else next(iter(kwargs.values()))
 
 
 class Begin:

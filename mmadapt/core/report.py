@@ -21,16 +21,22 @@ if TYPE_CHECKING:
 def sites(m: Any, pattern: str | None = None) -> Table:
     """Where one can attach: every role with its ports and widths, alike layers in one row.
 
-    With a `pattern`, one row for each role it selects.
+    With a `pattern`, one row for each role it selects. Biases have rows only there; else a note says
+    how many there are.
     """
-    from mmadapt.core.site import match_roles, nothing_matched
+    from mmadapt.core.site import BIAS, match_roles, nothing_matched
 
     model, anatomy, _ = unwrap(m)
     spans = anatomy.roles(model)
+    former = anatomy.former(spans)
     chosen = match_roles(pattern, spans)[0] if pattern else list(spans)
+    if pattern and not chosen:
+        chosen = [former[old] for old in match_roles(pattern, former)[0]]
     if pattern and not chosen:
         raise nothing_matched(pattern, spans)
     rows: dict[tuple, list[str]] = {}
+    biases = [] if pattern else [role for role in chosen if role.endswith(f".{BIAS}")]
+    chosen = [role for role in chosen if role not in biases]
     for role in chosen:
         span = spans[role]
         view = anatomy.view(model, role, span.ports[0], span)
@@ -45,6 +51,10 @@ def sites(m: Any, pattern: str | None = None) -> Table:
     table = Table(("site", "ports", "width", "sites", "module"))
     table.rows = [(*key[:3], len(roles), key[3]) for key, roles in rows.items()]
     table.title = f"{type(model).__name__}: {len(chosen)} roles of family {anatomy.family!r}"
+    if biases:
+        table.notes.append(
+            f"{len(biases)} biases beside them have a weight port, such as {_general(biases[0])!r}"
+        )
     return table
 
 

@@ -2,7 +2,9 @@
 
 A site's name is a role and a port: `vision.layers[3].mlp:out`. A pattern is a name whose indices
 may be slices and whose words may be `*`: `vision.layers[-6:].mlp:out`, `*.layers[*].attn.q`.
-Without a port, a pattern takes the first port of the adapter that the role offers.
+Without a port, a pattern takes the first port of the adapter that the role offers. The bias beside a
+role's weight is a role of its own, `vision.layers[3].attn.q.bias`, and has to be named: `*` stands
+for every word but `bias`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PORTS = ("in", "out", "weight", "around")
+BIAS = "bias"
+NO_GRID = -1
 
 _WORD = re.compile(r"(\*|[A-Za-z_][A-Za-z0-9_]*)(?:\[([^\[\]]*)\])?\Z")
 _SELECTOR = re.compile(r"\*|-?\d+|(-?\d+)?:(-?\d+)?(:-?[1-9]\d*)?")
@@ -45,6 +49,9 @@ class Span:
     channels_in: str = ""
     #: order of the axes at y: B batch, T tokens, C channels, D pooled features, K classes
     layout: str = "BTC"
+    #: of T, tokens (class, registers) before an image's patches, in reading order;
+    #: NO_GRID: patches in no order; None: not known
+    prefix: int | None = None
     #: parameter that is this role's weight, and its share (k-th of n equal row blocks)
     weight: str = ""
     block: tuple[int, int] = (0, 1)
@@ -145,7 +152,9 @@ def match_roles(pattern: str, roles: Iterable[str]) -> tuple[list[str], str | No
         if len(parts) != len(words):
             return False
         for depth, ((word, index), (wanted, selector)) in enumerate(zip(parts, words, strict=True)):
-            if wanted not in ("*", word) or (index is None) != (selector is None):
+            if wanted != word and (wanted != "*" or word == BIAS):
+                return False
+            if (index is None) != (selector is None):
                 return False
             if index is not None and selector is not None:
                 if not _selected(selector, index, lengths[(*parts[:depth], word)]):
@@ -156,17 +165,23 @@ def match_roles(pattern: str, roles: Iterable[str]) -> tuple[list[str], str | No
 
 
 def select(
-    patterns: Iterable[str], spans: Mapping[str, Span], ports: tuple[str, ...]
+    patterns: Iterable[str],
+    spans: Mapping[str, Span],
+    ports: tuple[str, ...],
+    former: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
     """Resolve patterns to (role, port) pairs in the backbone's order, each once.
 
-    `ports` are those the adapter can use, preferred first. Raises `SiteError` when a pattern
+    `ports` are those the adapter can use, preferred first; `former` maps old names to present roles
+    and counts for patterns that match no present one. Raises `SiteError` when a pattern
     matches nothing or asks for a port that is not there.
     """
+    former = former or {}
     chosen: dict[tuple[str, str], None] = {}
     order = {role: place for place, role in enumerate(spans)}
     for pattern in patterns:
         roles, port = match_roles(pattern, spans)
+        roles = roles or [former[old] for old in match_roles(pattern, former)[0]]
         if not roles:
             raise nothing_matched(pattern, spans)
         for role in roles:
@@ -187,7 +202,8 @@ def select(
 
 def nothing_matched(pattern: str, spans: Mapping[str, Span]) -> SiteError:
     """The error for a pattern that selects no role, with the nearest roles."""
-    general = list(dict.fromkeys(re.sub(r"\[\d+\]", "[*]", role) for role in spans))
+    named = [role for role in spans if BIAS in pattern or not role.endswith(f".{BIAS}")]
+    general = list(dict.fromkeys(re.sub(r"\[\d+\]", "[*]", role) for role in named))
     bare = re.sub(r"\[[^\]]*\]", "[*]", pattern.rpartition("]")[0] + "]") if "]" in pattern else ""
     wanted = (bare + pattern.rpartition("]")[2]) if bare else pattern
     wanted = re.sub(r":\w+$", "", wanted)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import NAME, require_bank, require_name
 from mmadapt.core.backbone import unwrap
+from mmadapt.core.site import BIAS
 from mmadapt.core.table import shape_of
 from mmadapt.errors import AdapterError, AdapterFileError, WrongBackboneError, did_you_mean
 
@@ -232,9 +233,11 @@ def _rebuild(
             getattr(error, "hint", "") or "install the package that defines the method",
         ) from None
     spans = anatomy.roles(model)
+    former = anatomy.former(spans)
     chosen = []
     for site in data["sites"]:
         role, _, port = str(site).rpartition(":")
+        role = role if role in spans else former.get(role, role)
         twin = {"out": "weight", "weight": "out"}.get(port)
         if role in spans and port not in spans[role].ports and twin in spans[role].ports:
             # one library calls the linear, the other reads its weight: the same change, met elsewhere
@@ -270,7 +273,7 @@ def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for role, span in anatomy.roles(model).items():
         kind = re.sub(r"\[\d+\]", "[*]", role)
-        if kind not in found:
+        if kind not in found and not kind.endswith(f".{BIAS}"):  # as wide as what it stands beside
             view = anatomy.view(model, role, span.ports[0], span)
             found[kind] = [view.width_in, view.width]
     return found

@@ -4,7 +4,8 @@ Jie and Deng 2022, Convolutional Bypasses Are Better Vision Transformer Adapters
 
     y + s·(g(conv(g(x·Dᵀ + b_d)))·Uᵀ + b_u),   g(z) = z·σ(1.702 z)
 
-conv is 3 × 3 with zeros around, over the patches as an image; a class token is an image of its own.
+conv is 3 × 3 with zeros around, over the patches as an image; each token before them (class token,
+registers) is an image of its own.
 U and the biases start at zero, D is Xavier's, and the kernel is the identity or Xavier's.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmadapt.core.layer import Layer, empty, fill_uniform
+from mmadapt.core.site import NO_GRID
 from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import quick_gelu
 
@@ -36,7 +38,7 @@ class ConvpassLayer(Layer):
 
     def __init__(self, adapter: Convpass, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
-        if site.span.layout not in ("BTC", "BHWC", "BCHW"):
+        if site.span.layout not in ("BTC", "BHWC", "BCHW") or site.span.prefix == NO_GRID:
             raise AdapterError(
                 f"Convpass convolves over image patches, and {site.name} has none",
                 "choose a site such as 'vision.layers[*].mlp'",
@@ -77,13 +79,7 @@ class ConvpassLayer(Layer):
         """The convolution over the patches of z (B, T, H) or (B, rows, columns, H)."""
         if z.ndim == 4:
             return self._over_image(z)
-        rows, columns = self.grid or square_grid(z.shape[1], site.name)
-        first = z.shape[1] - rows * columns  # tokens before the patches
-        if first < 0:
-            raise AdapterError(
-                f"Convpass: a grid of {rows} × {columns} does not fit the {z.shape[1]} tokens at "
-                f"{site.name}"
-            )
+        first, rows, columns = patch_grid(z.shape[1], site.span.prefix, self.grid, site.name)
         patches = self._over_image(z[:, first:].unflatten(1, (rows, columns))).flatten(1, 2)
         if not first:
             return patches
@@ -96,14 +92,29 @@ class ConvpassLayer(Layer):
         return maps.movedim(1, -1)
 
 
-def square_grid(tokens: int, where: str) -> tuple[int, int]:
-    """Rows and columns of a square of patches among `tokens`, one class token allowed."""
-    for prefix in (1, 0):
-        side = math.isqrt(tokens - prefix)
-        if side and side * side == tokens - prefix:
-            return side, side
+def patch_grid(
+    tokens: int, prefix: int | None, grid: tuple[int, int] | None, where: str
+) -> tuple[int, int, int]:
+    """How many of the tokens stand before the patches, and the patches' rows and columns.
+
+    `prefix` is what the anatomy knows of the first number. Without it a square is looked for behind
+    one class token or none; a `grid` decides, and has to fit what is known.
+    """
+    if grid is not None:
+        first = tokens - grid[0] * grid[1]
+        if first < 0 or (prefix is not None and first != prefix):
+            before = f" behind {prefix} others" if prefix else ""
+            raise AdapterError(
+                f"Convpass: a grid of {grid[0]} × {grid[1]} does not fit the {tokens} tokens at "
+                f"{where}{before}"
+            )
+        return first, *grid
+    for first in (1, 0) if prefix is None else (prefix,):
+        side = math.isqrt(max(tokens - first, 0))
+        if side and side * side == tokens - first:
+            return first, side, side
+    before = "with or without a class token" if prefix is None else f"behind {prefix} others"
     raise AdapterError(
-        f"Convpass: {tokens} tokens at {where} are no square of patches, with or without a class "
-        "token",
-        "pass grid=(rows, columns); tokens before the grid are treated like a class token",
+        f"Convpass: {tokens} tokens at {where} are no square of patches, {before}",
+        "pass grid=(rows, columns), as images that are not square need it",
     )
