@@ -55,10 +55,14 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "identity": mm.ScaleShift(),
         "published": mm.ScaleShift(start="published"),
     },
-    "adapter_bias": {"defaults": mm.AdapterBias()},
+    "adapter_bias": {
+        "own-gates": mm.AdapterBias(),
+        "shared-gate": mm.AdapterBias(shared_gate=True),
+    },
     "compacter": {
         "zero": mm.Compacter(width=4, division=2),
         "plus-plus": mm.Compacter.plus_plus(width=4, division=4),
+        "own-rules": mm.Compacter.plus_plus(width=4, division=2, shared_rule=False),
     },
     "bi_adaptformer": {
         "one-bit": mm.BiAdaptFormer(4, scale=30.0),  # else its start is too near the identity
@@ -466,10 +470,10 @@ def test_copies_are_equal_and_independent(case: Case) -> None:
         ours = {id(p) for p in attachment.parameters()}
         assert not ours & {id(p) for p in copied.parameters()}, how
         with torch.no_grad():
-            for layer in copied.layers.values():
-                for tensor in [*layer.parameters(), *layer.buffers()]:
-                    if tensor.is_floating_point():
-                        tensor.add_(0.25)
+            buffers = [b for layer in copied.layers.values() for b in layer.buffers()]
+            for tensor in [*copied.parameters(), *buffers]:
+                if tensor.is_floating_point():
+                    tensor.add_(0.25)
         assert differ(case.without_grad(twin), expected), how
         assert_equal(case.without_grad(model), expected)
         mm.set_active(twin)

@@ -286,11 +286,29 @@ def test_a_schema_nobody_wrote_is_refused(folder: Path) -> None:
 def test_an_older_schema_is_upgraded_step_by_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        store, "UPGRADES", {0: lambda old: {**old, "schema": 1, "name": "upgraded"}}
-    )
+    def from_zero(old: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+        return {**old, "schema": 1, "name": "upgraded"}, {**tensors, DOWN: tensors[DOWN] * 0}
+
+    monkeypatch.setattr(store, "UPGRADES", {0: from_zero, **store.UPGRADES})
     rewrite(folder, lambda manifest: manifest.update(schema=0))
-    assert mm.load_adapter(HOME.fresh(), folder).name == "upgraded"
+    attachment = mm.load_adapter(HOME.fresh(), folder)
+    assert attachment.name == "upgraded"
+    assert not attachment.layers[DOWN.rpartition("/")[0]].down.any()  # type: ignore[operator,union-attr]
+
+
+def test_upgrades_leave_what_they_are_given_alone_and_know_broken_manifests() -> None:
+    from mmadapt.core.upgrades import UPGRADES
+
+    old: dict[str, Any] = {
+        "schema": 1,
+        "adapters": [{"method": "compacter"}, {"method": "lora"}, 7],
+    }
+    new, _ = UPGRADES[1](old, {})
+    assert old == {"schema": 1, "adapters": [{"method": "compacter"}, {"method": "lora"}, 7]}
+    assert new["schema"] == 2
+    assert new["adapters"] == [{"method": "compacter", "shared_rule": False}, {"method": "lora"}, 7]
+    for broken in ({"schema": 1}, {"schema": 1, "adapters": 3}, {"schema": 1, "adapters": {}}):
+        assert UPGRADES[1](broken, {})[0] == {**broken, "schema": 2}
 
 
 def test_an_unknown_method_is_refused_with_near_names(folder: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.registry import register_adapter
-from mmadapt.adapter.validation import one_of
+from mmadapt.adapter.validation import flag, one_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmadapt.core.layer import Layer
+    from mmadapt.core.site import SiteView
 
 
 @register_adapter
@@ -55,13 +62,24 @@ class AdapterBias(Adapter):
     """A shift per token along one trained direction, y + (w·z + b)·v (Fu et al. 2022).
 
     Stands at the MLP's second linear: z is its input, the activations inside the MLP. v starts at
-    zero. The paper's variant with one (w, b) for all layers is not offered.
+    zero. `shared_gate` is the paper's variant with one (w, b) for all sites, which then need inputs
+    of one width.
 
-    Parameters per site: inputs + outputs + 1.
+    Parameters per site: inputs + outputs + 1; with `shared_gate` outputs, and inputs + 1 once.
     """
 
     method: ClassVar[str] = "adapter_bias"
     layer: ClassVar[str] = "mmadapt.methods.affine:AdapterBiasLayer"
     ports: ClassVar[tuple[str, ...]] = ("out",)
     default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp.down",)
+    shared: ClassVar[str] = "mmadapt.methods.affine:AdapterBiasGate"
     source: ClassVar[str] = "Fu et al. 2022, arXiv:2205.00305"
+
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag(self, "shared_gate")
+
+    def build_shared(self, sites: Sequence[SiteView], generator: torch.Generator) -> Layer | None:
+        return super().build_shared(sites, generator) if self.shared_gate else None

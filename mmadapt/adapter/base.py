@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,8 @@ class Adapter:
     method: ClassVar[str] = ""
     #: "module:class" of the layer built at each site
     layer: ClassVar[str] = ""
+    #: "module:class" of the layer, without a port, that all sites of one attachment share, or ""
+    shared: ClassVar[str] = ""
     #: ports the layer can use, preferred first
     ports: ClassVar[tuple[str, ...]] = ("out",)
     #: site patterns used when `attach` is given none
@@ -58,10 +61,11 @@ class Adapter:
 
     def build(self, site: SiteView, generator: torch.Generator) -> Layer:
         """Make the trainable layer for one site, drawing from `generator` only."""
-        import importlib
+        return _named(self.layer)(self, site, generator)
 
-        module, _, name = self.layer.partition(":")
-        return getattr(importlib.import_module(module), name)(self, site, generator)
+    def build_shared(self, sites: Sequence[SiteView], generator: torch.Generator) -> Layer | None:
+        """Make what the layers at all `sites` share, before any of them; None: they share nothing."""
+        return _named(self.shared)(self, sites, generator) if self.shared else None
 
     def starts_as_identity(self) -> bool:
         """Whether a freshly attached layer leaves the backbone's outputs as they are."""
@@ -74,3 +78,11 @@ class Adapter:
             del fields["at"]
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return {"method": self.method, **plain}
+
+
+def _named(reference: str) -> Any:
+    """The class at "module:class"."""
+    import importlib
+
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
