@@ -46,6 +46,7 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "adaptformer": mm.Bottleneck.adaptformer(4),
         "adapterplus": mm.Bottleneck.adapterplus(4, scale=30.0),  # else too near the identity
         "norm-after": mm.Bottleneck(4, norm="after", scale_kind="learned"),
+        "reduction": mm.Bottleneck(reduction=4, drop_path=0.5),
     },
     "lora": {
         "scaled": mm.LoRA(2, alpha=4.0),

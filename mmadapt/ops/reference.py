@@ -81,6 +81,16 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(z.to(weight.dtype), weight.shape, weight, bias)
 
 
+def drop_rows(delta: Tensor, probability: float) -> Tensor:
+    """delta (B, …) with whole rows set to zero at random, the others divided by 1 − probability.
+
+    Always acts: training is the caller's business. The mean over the draws is delta.
+    """
+    kept = torch.rand(delta.shape[0], device=delta.device) >= probability
+    factor = kept.to(delta.dtype) / (1 - probability)
+    return delta * factor.view(-1, *(1 for _ in delta.shape[1:]))
+
+
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale · (x·aᵀ)·bᵀ for x (…, C), a (R, C), b (O, R)."""
     dtype = x.dtype
