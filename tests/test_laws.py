@@ -73,6 +73,16 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "identity-kernel": mm.Convpass(4, scale=0.5, dropout=0.0),
         "xavier-kernel": mm.Convpass(4, kernel="xavier"),
     },
+    "head": {
+        "linear": mm.Head(7, names=("a", "b", "c", "d", "e", "f", "g")),
+        "norm": mm.Head(7, norm=True),
+    },
+    "invertible": {
+        "defaults": mm.Invertible(),
+        "vision": mm.Invertible(
+            reduction=1, activation="gelu", at=("vision.layers[0]:in", "vision.layers[-1]:out")
+        ),
+    },
     "unlock": {"linear": mm.Unlock(at="*.layers[*].mlp.up:weight")},
     "clip_adapter": {
         "identity": mm.ClipAdapter(reduction=1, start="identity"),
@@ -89,6 +99,14 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
     ("tip_adapter", "seeds"): "its keys start empty; nothing is drawn",
     ("scale_shift", "seeds"): "it starts at one and zero; nothing is drawn",
     ("unlock", "seeds"): "it starts at the backbone's values; nothing is drawn",
+    ("head", "seeds"): "it starts at zero; nothing is drawn",
+    ("head", "stacks"): "it reads the classifier's input, so the last of a stack decides alone",
+}
+
+
+#: (method, backbone) -> why it is refused there, although its sites are
+MISFITS: dict[tuple[str, str], str] = {
+    ("invertible", "timm_swin"): "its last block has more channels than its first",
 }
 
 
@@ -160,6 +178,8 @@ def _cases(only_home: bool = False, first_variant: bool = False) -> list[Any]:
 
 
 def _fits(adapter: Adapter, tiny: Tiny) -> bool:
+    if (adapter.method, tiny.name) in MISFITS:
+        return False
     try:
         mm.plan(tiny.fresh(), adapter)
     except mm.errors.SiteError:
@@ -444,7 +464,10 @@ def test_two_attachments_coexist_and_switch_without_a_trace(case: Case) -> None:
     mm.set_active(model, mm.Sum("a", "b") if additive else mm.Stack("a", "b"))
     both = case.without_grad(model)
     assert differ(both, alone[0])
-    assert differ(both, alone[1])
+    if exempt("stacks", case):
+        assert_equal(both, alone[1])
+    else:
+        assert differ(both, alone[1])
     assert hook_tables(model) == tables
     mm.set_active(model, "a")
     assert all(not p.requires_grad for p in second.parameters())
@@ -603,6 +626,16 @@ def test_every_exemption_names_a_registered_method_and_a_reason() -> None:
         assert method in adapters()
         assert law
         assert reason.strip()
+
+
+@pytest.mark.parametrize(("method", "backbone"), MISFITS)
+def test_a_misfit_is_refused_with_a_reason(method: str, backbone: str) -> None:
+    model = BACKBONES[backbone].fresh()
+    before = state(model)
+    with pytest.raises(mm.errors.AdapterError) as caught:
+        mm.attach(model, adapters()[method]())
+    assert caught.value.hint
+    assert state(model) == before
 
 
 def test_every_backbone_hosts_at_least_one_method() -> None:

@@ -13,6 +13,8 @@ from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.bottleneck import Bottleneck
 from mmadapt.adapter.compacter import Compacter
 from mmadapt.adapter.conv import Convpass
+from mmadapt.adapter.head import Head
+from mmadapt.adapter.invertible import Invertible
 from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
@@ -31,6 +33,8 @@ __all__ = [
     "ClipAdapter",
     "Compacter",
     "Convpass",
+    "Head",
+    "Invertible",
     "LoRA",
     "ScaleShift",
     "TipAdapter",

@@ -34,6 +34,8 @@ class Adapter:
     ports: ClassVar[tuple[str, ...]] = ("out",)
     #: site patterns used when `attach` is given none
     default_sites: ClassVar[tuple[str, ...]] = ()
+    #: the next step where a backbone has none of the default sites; "" names the nearest sites
+    elsewhere: ClassVar[str] = ""
     #: "" when the method starts as the identity, else the reason why it does not
     not_identity: ClassVar[str] = ""
     #: the paper

@@ -107,9 +107,7 @@ def build(
     layers = {site.name: adapter.build(site, generator) for site in sites}
     if shared is None:
         return layers
-    devices = {
-        str(p.device): None for layer in (shared, *layers.values()) for p in layer.parameters()
-    }
+    devices = {str(site.reference.device): None for site in sites if site.reference is not None}
     if len(devices) > 1:
         raise AdapterError(
             f"{type(adapter).__name__} shares tensors among its sites, which lie on "

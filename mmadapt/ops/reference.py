@@ -81,6 +81,32 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(z.to(weight.dtype), weight.shape, weight, bias)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·weightᵀ + bias for x (…, C), weight (O, C); in the parameters' dtype, or autocast's."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return F.linear(x, weight, bias)
+
+
+def couple(
+    z: Tensor,  # (…, C)
+    f: tuple[Tensor, Tensor, Tensor, Tensor],  # down, its bias, up, its bias
+    g: tuple[Tensor, Tensor, Tensor, Tensor],
+    activation: str,
+    inverse: bool,
+) -> Tensor:
+    """The additive coupling y1 = x1 + f(x2), y2 = x2 + g(y1) of both halves of z, or its inverse."""
+    wide = z.to(f[0].dtype)
+    first, second = wide.split((f[2].shape[0], g[2].shape[0]), dim=-1)
+    if inverse:
+        second = second - bottleneck(first, *g, activation, 1.0)
+        first = first - bottleneck(second, *f, activation, 1.0)
+    else:
+        first = first + bottleneck(second, *f, activation, 1.0)
+        second = second + bottleneck(first, *g, activation, 1.0)
+    return torch.cat((first, second), dim=-1).to(z.dtype)
+
+
 def drop_rows(delta: Tensor, probability: float) -> Tensor:
     """delta (B, …) with whole rows set to zero at random, the others divided by 1 − probability.
 
