@@ -18,9 +18,11 @@ class BiAdaptFormer(Adapter):
 
     Trains real weights that are quantised in every forward pass: standardised per matrix, moved to
     the nearest code, scaled back; the gradient passes the quantiser as if it were not there.
-    No biases. Files hold the trained float weights, so they are not smaller than others'; `inspect`
-    shows the bytes that bits·n/8 and two numbers a matrix would take. Placement, activation and
-    scale are the defaults of this library; they were not checked against the paper's code.
+    No biases. Files hold the codes, packed, and mean and deviation of every matrix: bits·n/8 bytes
+    and two numbers instead of n numbers; `inspect` shows them. What is loaded computes the saved
+    model's outputs bit by bit. It is sealed: mean and deviation stay those of the file, also when
+    it is trained further, and only the codes move. Placement, activation and scale are the defaults
+    of this library; they were not checked against the paper's code.
 
     Parameters per site: 2·C·width.
     """
