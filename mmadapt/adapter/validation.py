@@ -20,6 +20,7 @@ ACTIVATIONS: tuple[str, ...] = (
 
 
 def positive(adapter: Adapter, *names: str) -> None:
+    """Refuse fields that are no whole number of at least 1."""
     for name in names:
         value = getattr(adapter, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -29,6 +30,7 @@ def positive(adapter: Adapter, *names: str) -> None:
 
 
 def one_of(adapter: Adapter, name: str, options: tuple[str, ...]) -> None:
+    """Refuse a field that is none of the options."""
     value = getattr(adapter, name)
     if value not in options:
         raise AdapterError(
@@ -38,6 +40,7 @@ def one_of(adapter: Adapter, name: str, options: tuple[str, ...]) -> None:
 
 
 def flag(adapter: Adapter, *names: str) -> None:
+    """Refuse fields that are neither True nor False."""
     for name in names:
         if not isinstance(getattr(adapter, name), bool):
             raise AdapterError(
@@ -47,6 +50,7 @@ def flag(adapter: Adapter, *names: str) -> None:
 
 
 def number(adapter: Adapter, *names: str, low: float = float("-inf"), high: float = float("inf")):
+    """Refuse fields that are no number in [low, high]; NaN is none."""
     for name in names:
         value = getattr(adapter, name)
         real = isinstance(value, (int, float)) and not isinstance(value, bool)
