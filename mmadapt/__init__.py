@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         ClipAdapter,
         Compacter,
         Convpass,
+        Head,
+        Invertible,
         LoRA,
         ScaleShift,
         TipAdapter,
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass LoRA "
-        "ScaleShift TipAdapter Unlock register_adapter"
+        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass Head "
+        "Invertible LoRA ScaleShift TipAdapter Unlock register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

@@ -77,7 +77,8 @@ def assert_close(left: tuple[Tensor, ...], right: tuple[Tensor, ...], relative: 
 def differ(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
     """Whether at least one output visibly differs: without it an equality would prove nothing."""
     return any(
-        float((a - b).detach().abs().max()) > 1e-3 * float(b.detach().abs().max())
+        a.shape != b.shape
+        or float((a - b).detach().abs().max()) > 1e-3 * float(b.detach().abs().max())
         for a, b in zip(left, right, strict=True)
     )
 

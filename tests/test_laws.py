@@ -46,6 +46,7 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "adaptformer": mm.Bottleneck.adaptformer(4),
         "adapterplus": mm.Bottleneck.adapterplus(4, scale=30.0),  # else too near the identity
         "norm-after": mm.Bottleneck(4, norm="after", scale_kind="learned"),
+        "reduction": mm.Bottleneck(reduction=4, drop_path=0.5),
     },
     "lora": {
         "scaled": mm.LoRA(2, alpha=4.0),
@@ -55,10 +56,14 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "identity": mm.ScaleShift(),
         "published": mm.ScaleShift(start="published"),
     },
-    "adapter_bias": {"defaults": mm.AdapterBias()},
+    "adapter_bias": {
+        "own-gates": mm.AdapterBias(),
+        "shared-gate": mm.AdapterBias(shared_gate=True),
+    },
     "compacter": {
         "zero": mm.Compacter(width=4, division=2),
         "plus-plus": mm.Compacter.plus_plus(width=4, division=4),
+        "own-rules": mm.Compacter.plus_plus(width=4, division=2, shared_rule=False),
     },
     "bi_adaptformer": {
         "one-bit": mm.BiAdaptFormer(4, scale=30.0),  # else its start is too near the identity
@@ -72,6 +77,16 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "linear": mm.Unlock(at="*.layers[*].mlp.up:weight"),
         "norms": mm.Unlock(at=("*.layers[*].norm1", "*.layers[*].norm2")),
         "biases": mm.Unlock(at=("*.layers[*].attn.v.bias", "*.layers[*].*.bias")),
+    },
+    "head": {
+        "linear": mm.Head(7, names=("a", "b", "c", "d", "e", "f", "g")),
+        "norm": mm.Head(7, norm=True),
+    },
+    "invertible": {
+        "defaults": mm.Invertible(),
+        "vision": mm.Invertible(
+            reduction=1, activation="gelu", at=("vision.layers[0]:in", "vision.layers[-1]:out")
+        ),
     },
     "clip_adapter": {
         "identity": mm.ClipAdapter(reduction=1, start="identity"),
@@ -88,6 +103,14 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
     ("tip_adapter", "seeds"): "its keys start empty; nothing is drawn",
     ("scale_shift", "seeds"): "it starts at one and zero; nothing is drawn",
     ("unlock", "seeds"): "it starts at the backbone's values; nothing is drawn",
+    ("head", "seeds"): "it starts at zero; nothing is drawn",
+    ("head", "stacks"): "it reads the classifier's input, so the last of a stack decides alone",
+}
+
+
+#: (method, backbone) -> why it is refused there, although its sites are
+MISFITS: dict[tuple[str, str], str] = {
+    ("invertible", "timm_swin"): "its last block has more channels than its first",
 }
 
 
@@ -159,6 +182,8 @@ def _cases(only_home: bool = False, first_variant: bool = False) -> list[Any]:
 
 
 def _fits(adapter: Adapter, tiny: Tiny) -> bool:
+    if (adapter.method, tiny.name) in MISFITS:
+        return False
     try:
         mm.plan(tiny.fresh(), adapter)
     except mm.errors.SiteError:
@@ -443,7 +468,10 @@ def test_two_attachments_coexist_and_switch_without_a_trace(case: Case) -> None:
     mm.set_active(model, mm.Sum("a", "b") if additive else mm.Stack("a", "b"))
     both = case.without_grad(model)
     assert differ(both, alone[0])
-    assert differ(both, alone[1])
+    if exempt("stacks", case):
+        assert_equal(both, alone[1])
+    else:
+        assert differ(both, alone[1])
     assert hook_tables(model) == tables
     mm.set_active(model, "a")
     assert all(not p.requires_grad for p in second.parameters())
@@ -470,10 +498,10 @@ def test_copies_are_equal_and_independent(case: Case) -> None:
         ours = {id(p) for p in attachment.parameters()}
         assert not ours & {id(p) for p in copied.parameters()}, how
         with torch.no_grad():
-            for layer in copied.layers.values():
-                for tensor in [*layer.parameters(), *layer.buffers()]:
-                    if tensor.is_floating_point():
-                        tensor.add_(0.25)
+            buffers = [b for layer in copied.layers.values() for b in layer.buffers()]
+            for tensor in [*copied.parameters(), *buffers]:
+                if tensor.is_floating_point():
+                    tensor.add_(0.25)
         assert differ(case.without_grad(twin), expected), how
         assert_equal(case.without_grad(model), expected)
         mm.set_active(twin)
@@ -664,6 +692,16 @@ def test_every_exemption_names_a_registered_method_and_a_reason() -> None:
         assert method in adapters()
         assert law
         assert reason.strip()
+
+
+@pytest.mark.parametrize(("method", "backbone"), MISFITS)
+def test_a_misfit_is_refused_with_a_reason(method: str, backbone: str) -> None:
+    model = BACKBONES[backbone].fresh()
+    before = state(model)
+    with pytest.raises(mm.errors.AdapterError) as caught:
+        mm.attach(model, adapters()[method]())
+    assert caught.value.hint
+    assert state(model) == before
 
 
 def test_every_backbone_hosts_at_least_one_method() -> None:

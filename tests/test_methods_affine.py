@@ -199,6 +199,9 @@ def test_adapter_bias_in_bert_base_has_the_published_size() -> None:
     (record,) = mm.plan(backbone, mm.AdapterBias(), "down").records()
     assert record["parameters"] == 3_841
     assert 12 * record["parameters"] == 46_092
+    own, shared = mm.plan(backbone, mm.AdapterBias(shared_gate=True), "down").records()
+    assert shared["site"] == "shared"
+    assert 12 * own["parameters"] + shared["parameters"] == 12_289
 
 
 def test_adapter_bias_needs_features_along_the_last_axis() -> None:

@@ -207,3 +207,109 @@ def test_pfeiffer_reads_the_residual_stream_behind_the_mlp() -> None:
             x = x + torch.relu(x @ layer.down.T + layer.down_bias) @ layer.up.T + layer.up_bias
         expected = model._pool(x)[0] @ model.proj
         assert_close((model(pixels(2)),), (expected,), 2e-6)
+
+
+# -- a width by reduction ---------------------------------------------------------------------------
+
+
+def test_a_reduction_divides_the_channels_each_site_reads(vit_b: Any) -> None:
+    adapter = mm.Bottleneck(reduction=16)
+    assert repr(adapter) == "Bottleneck(reduction=16)"
+    assert from_json(json.loads(json.dumps(adapter.to_json()))) == adapter
+    table = mm.plan(vit_b, adapter, ["vision.layers[0].mlp", "text.layers[0].mlp"])
+    shapes = [record["tensors"].split(" up")[0] for record in table.records()]
+    assert shapes == [f"down f32[{c // 16},{c}] down_bias f32[{c // 16}]" for c in (768, 512)]
+    parallel = mm.Bottleneck(reduction=5, placement="parallel")
+    for layer in mm.attach(VISION.fresh(), parallel, at="*.layers[*].mlp.down").layers.values():
+        assert layer.down.shape == (4 * WIDTH // 5, 4 * WIDTH)  # it reads the inner channels
+        assert layer.up.shape == (WIDTH, 4 * WIDTH // 5)
+    for layer in mm.attach(VISION.fresh(), mm.Bottleneck(reduction=1000)).layers.values():
+        assert layer.down.shape == (1, WIDTH)
+
+
+def test_a_width_or_a_reduction_but_not_both() -> None:
+    assert mm.Bottleneck() == mm.Bottleneck(32) == mm.Bottleneck(width=32)
+    with pytest.raises(mm.errors.AdapterError, match="width is 8 and reduction is 4") as caught:
+        mm.Bottleneck(8, reduction=4)
+    assert caught.value.hint == "give one of them"
+    for nonsense in (0, 1.5, True):
+        with pytest.raises(
+            mm.errors.AdapterError, match="reduction is .*, expected a whole number"
+        ):
+            mm.Bottleneck(reduction=nonsense)  # type: ignore[arg-type]
+
+
+def test_presets_take_a_reduction_instead_of_their_width() -> None:
+    for name, width in (
+        ("houlsby", 64),
+        ("pfeiffer", 48),
+        ("parallel", 512),
+        ("adaptformer", 64),
+        ("adapterplus", 8),
+    ):
+        preset = getattr(mm.Bottleneck, name)
+        assert preset() == preset(width)
+        assert preset(reduction=16).width is None
+        assert preset(reduction=16).width_of(768) == 48
+        with pytest.raises(mm.errors.AdapterError, match="give one of them"):
+            preset(8, reduction=16)
+
+
+# -- stochastic depth -------------------------------------------------------------------------------
+
+
+def test_stochastic_depth_drops_whole_rows_while_training() -> None:
+    model: Any = _Root(nn.Linear(WIDTH, WIDTH)).eval()
+    anatomy = mm.Anatomy(
+        family="one", spans={"mlp": mm.Span("0", x="0|input", channels="0.weight")}
+    )
+    backbone = mm.Backbone(model=model, anatomy=anatomy)
+    randomise(mm.attach(backbone, mm.Bottleneck(4, drop_path=0.25), at="mlp"))
+    x = torch.randn(400, 3, WIDTH)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        y = model.get_submodule("0").forward(x)
+        change = model(x) - y
+        with mm.train_mode(backbone):
+            dropped = model(x) - y
+    gone = (dropped == 0).flatten(1).all(1)
+    assert_close((dropped[~gone],), (change[~gone] / 0.75,), 1e-5)
+    assert float(gone.float().mean()) == pytest.approx(0.25, abs=0.08)
+    assert mm.Bottleneck.adapterplus().drop_path == 0.1
+    assert mm.Bottleneck().drop_path == 0.0
+
+
+def test_stochastic_depth_leaves_the_mean_and_the_eval_mode_alone() -> None:
+    from mmadapt.ops.reference import drop_rows
+
+    torch.manual_seed(0)
+    delta = torch.randn(3, 2, 5).expand(20_000, 3, 2, 5).reshape(-1, 2, 5)
+    mean = drop_rows(delta, 0.4).view(20_000, 3, 2, 5).mean(0)
+    assert torch.allclose(mean, delta[:3], atol=0.08)
+    model = VISION.fresh()
+    randomise(mm.attach(model, mm.Bottleneck(4, drop_path=0.9)))
+    with torch.no_grad():
+        assert torch.equal(model(pixels(3)), model(pixels(3)))
+    with pytest.raises(mm.errors.AdapterError, match=r"drop_path is 1.0, expected a number in"):
+        mm.Bottleneck(drop_path=1.0)
+
+
+def test_rows_with_adapters_of_their_own_are_dropped_alike() -> None:
+    model = BACKBONES["hf_vit"].fresh()
+    for seed, name in enumerate("ab"):
+        randomise(mm.attach(model, mm.Bottleneck(4, drop_path=0.5), name), seed=seed)
+    names = ["a", None, "b"] * 30
+    images = pixels(1).expand(90, -1, -1, -1)
+    seen: dict[int, Tensor] = {}
+    model.layers[0].mlp.register_forward_hook(lambda m, a, y: seen.__setitem__(0, y))  # type: ignore[union-attr,operator,index]
+    with torch.no_grad():
+        with mm.disabled(model):
+            model(images)
+        bare = seen[0]
+        with mm.context(model, rows=names), mm.train_mode(model):
+            torch.manual_seed(1)
+            model(images)
+    changed = (seen[0] - bare).abs().flatten(1).amax(1) > 1e-4
+    assert not changed[1::3].any()
+    for kind in (changed[0::3], changed[2::3]):
+        assert 0.2 < float(kind.float().mean()) < 0.8

@@ -51,15 +51,17 @@ def test_a_sum_of_kronecker_products_by_hand() -> None:
     assert torch.allclose(found, sum(torch.kron(one, other) for one, other in zip(a, b)))  # type: ignore[arg-type]  # noqa: B905
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("division", [1, 2, 4])
-def test_compacter_is_its_formula(division: int) -> None:
+def test_compacter_is_its_formula(division: int, shared: bool) -> None:
     model: Any = VISION.fresh()
-    adapter = mm.Compacter.plus_plus(8, division=division, activation="relu")
+    adapter = mm.Compacter.plus_plus(8, division=division, activation="relu", shared_rule=shared)
     attachment = randomise(mm.attach(model, adapter))
 
     def projection(layer: Any, word: str) -> Tensor:
         s, t = getattr(layer, f"{word}_s"), getattr(layer, f"{word}_t")
-        terms = (torch.kron(layer.rule[i], torch.outer(s[i], t[i])) for i in range(division))
+        rule = layer.shared.rule if shared else layer.rule
+        terms = (torch.kron(rule[i], torch.outer(s[i], t[i])) for i in range(division))
         return sum(terms)  # type: ignore[return-value]
 
     def branch(i: int, y: Tensor, x: Tensor, norm1: Tensor) -> Tensor:
@@ -71,13 +73,14 @@ def test_compacter_is_its_formula(division: int) -> None:
 
 
 def test_compacter_in_vit_b_has_the_published_size(vit_b: Any) -> None:
-    sizes = planned(vit_b, mm.Compacter(), ["vision.layers[*].attn", "vision.layers[*].mlp"])
-    assert sizes == [2_376 + 4**3] * 24
-    assert len(planned(vit_b, mm.Compacter.plus_plus(), "vision.layers[*].mlp")) == 12
+    sites = ["vision.layers[*].attn", "vision.layers[*].mlp"]
+    assert planned(vit_b, mm.Compacter(), sites) == [2_376] * 24 + [4**3]
+    assert planned(vit_b, mm.Compacter(shared_rule=False), sites) == [2_376 + 4**3] * 24
+    assert planned(vit_b, mm.Compacter.plus_plus(), sites[1]) == [2_376] * 12 + [4**3]
 
 
 def test_compacters_published_start_is_small_and_drawn() -> None:
-    adapter = mm.Compacter(8, division=4, start="published")
+    adapter = mm.Compacter(8, division=4, start="published", shared_rule=False)
     assert not adapter.starts_as_identity()
     for layer in mm.attach(VISION.fresh(), adapter).layers.values():
         drawn: Any = layer

@@ -86,6 +86,8 @@ def test_the_manifest_says_what_it_is_and_what_it_was_made_for(folder: Path) -> 
             "norm": "none",
             "dropout": 0.0,
             "start": "zero",
+            "reduction": None,
+            "drop_path": 0.0,
             "sites": [
                 f"{t}.layers[{i}].mlp:out" for t in ("vision", "text") for i in range(LAYERS)
             ],
@@ -286,11 +288,29 @@ def test_a_schema_nobody_wrote_is_refused(folder: Path) -> None:
 def test_an_older_schema_is_upgraded_step_by_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        store, "UPGRADES", {0: lambda old: {**old, "schema": 1, "name": "upgraded"}}
-    )
+    def from_zero(old: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+        return {**old, "schema": 1, "name": "upgraded"}, {**tensors, DOWN: tensors[DOWN] * 0}
+
+    monkeypatch.setattr(store, "UPGRADES", {0: from_zero, **store.UPGRADES})
     rewrite(folder, lambda manifest: manifest.update(schema=0))
-    assert mm.load_adapter(HOME.fresh(), folder).name == "upgraded"
+    attachment = mm.load_adapter(HOME.fresh(), folder)
+    assert attachment.name == "upgraded"
+    assert not attachment.layers[DOWN.rpartition("/")[0]].down.any()  # type: ignore[operator,union-attr]
+
+
+def test_upgrades_leave_what_they_are_given_alone_and_know_broken_manifests() -> None:
+    from mmadapt.core.upgrades import UPGRADES
+
+    old: dict[str, Any] = {
+        "schema": 1,
+        "adapters": [{"method": "compacter"}, {"method": "lora"}, 7],
+    }
+    new, _ = UPGRADES[1](old, {})
+    assert old == {"schema": 1, "adapters": [{"method": "compacter"}, {"method": "lora"}, 7]}
+    assert new["schema"] == 2
+    assert new["adapters"] == [{"method": "compacter", "shared_rule": False}, {"method": "lora"}, 7]
+    for broken in ({"schema": 1}, {"schema": 1, "adapters": 3}, {"schema": 1, "adapters": {}}):
+        assert UPGRADES[1](broken, {})[0] == {**broken, "schema": 2}
 
 
 def test_an_unknown_method_is_refused_with_near_names(folder: Path) -> None:
@@ -315,7 +335,7 @@ def test_an_unknown_hyper_parameter_is_refused_with_near_names(folder: Path) -> 
     assert "did you mean 'width'?" in text
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "4", None, True])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
 def test_a_hyper_parameter_without_meaning_is_refused(folder: Path, value: Any) -> None:
     text = refused(rewrite(folder, lambda m: m["adapters"][0].update(width=value)))
     assert f"width is {value!r}, expected a whole number of at least 1" in text

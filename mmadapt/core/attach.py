@@ -65,7 +65,12 @@ def resolve(
     spans = anatomy.roles(model)
     if at is None and adapter.at is None:
         # defaults name roles of many families; one that is offered is enough
-        patterns = [p for p in patterns if _matches(p, spans, adapter.ports)] or patterns
+        fitting = [p for p in patterns if _matches(p, spans, adapter.ports)]
+        if not fitting and adapter.elsewhere:
+            raise SiteError(
+                f"this backbone has no site {' or '.join(map(repr, patterns))}", adapter.elsewhere
+            )
+        patterns = fitting or patterns
     pairs = select(patterns, spans, adapter.ports, anatomy.former(spans))
     return [anatomy.view(model, role, port, spans[role]) for role, port in pairs]
 

@@ -53,8 +53,9 @@ class Attachment:
         return self._record.metadata
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("index/site name.tensor", parameter) of every trained tensor."""
-        for key, layer in self.layers.items():
+        """("index/site name.tensor", parameter) of every trained tensor; "index/shared.tensor"."""
+        _, bank = require_bank(self.model)
+        for key, layer in bank.tensors_of(require_name(bank, self.name, "attachment")):
             for name, parameter in layer.named_parameters():
                 yield f"{key}.{name}", parameter
 

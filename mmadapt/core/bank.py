@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mmadapt.core.site import SiteView
 
 BANK = "_mmadapt"
+#: stands for a site's name in the key of what all sites of an adapter share
+SHARED = "shared"
 
 
 @dataclass
@@ -76,12 +78,16 @@ class Bank(nn.Module):
     # -- layers -----------------------------------------------------------------------------
 
     def put(self, name: str, record: Record, layers: dict[str, Layer]) -> None:
-        """Register the layers of one attachment under `name`; keys are "index/site name"."""
+        """Register the layers of one attachment under `name`; keys are "index/site name".
+
+        What the sites of an adapter share has the key "index/shared".
+        """
         box = nn.Module()
         for key, layer in layers.items():
             box._modules[key.replace(".", "|")] = layer  # a module's name holds no dot
             site = key.partition("/")[2]
-            record.layers.setdefault(site, []).append(layer)
+            if site != SHARED:
+                record.layers.setdefault(site, []).append(layer)
         box.train(self.training)
         self.layers._modules[name] = box
         self.records[name] = record
@@ -104,6 +110,12 @@ class Bank(nn.Module):
 
     def layers_of(self, name: str) -> Iterator[tuple[str, Layer]]:
         """("index/site name", layer) of one attachment, in the order they were built."""
+        for key, layer in self.tensors_of(name):
+            if key.partition("/")[2] != SHARED:
+                yield key, layer
+
+    def tensors_of(self, name: str) -> Iterator[tuple[str, Layer]]:
+        """The same with what sites share, as "index/shared": every tensor of the attachment once."""
         for key, layer in self._box(name)._modules.items():
             assert isinstance(layer, Layer)
             yield key.replace("|", "."), layer

@@ -85,7 +85,7 @@ def _backbone(model: Any):
 
 def _adapter_tensors(bank: Any):
     for name in bank.active.names:
-        for key, layer in bank.layers_of(name):
+        for key, layer in bank.tensors_of(name):
             for tensor, parameter in layer.named_parameters():
                 yield key, tensor, parameter
 

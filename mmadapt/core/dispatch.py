@@ -86,7 +86,7 @@ class SiteHook:
 @contextlib.contextmanager
 def awake(plan: Plan) -> Iterator[None]:
     """Layers of `plan` require gradients inside, as they did when their forward pass ran."""
-    asleep = [p for group in plan for layer in group for p in layer.parameters()]
+    asleep = [p for group in plan for layer in group for p in layer.read_parameters()]
     asleep = [parameter for parameter in asleep if not parameter.requires_grad]
     for parameter in asleep:
         parameter.requires_grad_(True)

@@ -92,7 +92,7 @@ class WeightHook:
         Writes through `.data` move no version counter and are not seen; use `torch.no_grad()`.
         """
         layers = [layer for _, plan in plans for group in plan for layer in group]
-        tensors = [self.original, *(p for layer in layers for p in layer.parameters())]
+        tensors = [self.original, *(p for layer in layers for p in layer.read_parameters())]
         state = tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors if t is not None)
         return (*(id(layer) for layer in layers), *(layer.training for layer in layers), *state)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from mmadapt.core.attached import NAME
 from mmadapt.core.attachment import Attachment
 from mmadapt.core.bank import (
     BANK,
+    SHARED,
     Bank,
     Record,
     bank_of,
@@ -24,9 +25,10 @@ from mmadapt.core.effective import WeightHook
 from mmadapt.core.host import why_not_plain
 from mmadapt.core.merge import take_out
 from mmadapt.core.table import shape_of
-from mmadapt.errors import AdapterFileError, AttachError
+from mmadapt.errors import AdapterError, AdapterFileError, AttachError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mmadapt.adapter import Adapter
@@ -62,14 +64,13 @@ def install(
     for site in (site for chosen in sites for site in chosen):
         _check_weight(site)
     generator = seeded(name, seed)
-    layers = {
-        f"{index}/{site.name}": adapter.build(site, generator)
-        for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True))
-        for site in chosen
-    }
+    layers: dict[str, Layer] = {}
     together: dict[str, list[Layer]] = {}
-    for key, layer in layers.items():
-        together.setdefault(key.partition("/")[2], []).append(layer)
+    for index, (adapter, chosen) in enumerate(zip(adapters, sites, strict=True)):
+        for place, layer in build(adapter, chosen, generator).items():
+            layers[f"{index}/{place}"] = layer
+            if place != SHARED:
+                together.setdefault(place, []).append(layer)
     check_sums(together)
     taps = {site.name: {} for chosen in sites for site in chosen}
     for index, chosen in enumerate(sites):
@@ -101,6 +102,26 @@ def install(
     bank.activate(Sum(name))
     reset_compiled_code()
     return Attachment(model, name)
+
+
+def build(
+    adapter: Adapter, sites: Sequence[SiteView], generator: torch.Generator
+) -> dict[str, Layer]:
+    """The layers of one adapter by site name, last what they share, under "shared"."""
+    shared = adapter.build_shared(sites, generator)
+    layers = {site.name: adapter.build(site, generator) for site in sites}
+    if shared is None:
+        return layers
+    devices = {str(site.reference.device): None for site in sites if site.reference is not None}
+    if len(devices) > 1:
+        raise AdapterError(
+            f"{type(adapter).__name__} shares tensors among its sites, which lie on "
+            f"{' and '.join(devices)}",
+            "attach one for the sites of each device",
+        )
+    for layer in layers.values():
+        layer.share(shared)
+    return {**layers, SHARED: shared}
 
 
 def _check_name(name: str) -> None:
@@ -160,7 +181,7 @@ def fill(layers: dict[str, Layer], tensors: dict[str, Tensor]) -> None:
     wanted = {
         f"{key}/{tensor}": value
         for key, layer in layers.items()
-        for tensor, value in layer.state_dict().items()
+        for tensor, value in layer.to_file().items()
     }
     missing = sorted(wanted.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - wanted.keys())
@@ -184,6 +205,5 @@ def fill(layers: dict[str, Layer], tensors: dict[str, Tensor]) -> None:
             "the tensors do not fit: " + ". ".join(problems),
             "nothing was loaded; the file and its adapter.json do not belong together",
         )
-    with torch.no_grad():
-        for key, value in wanted.items():
-            value.copy_(tensors[key])
+    for key, layer in layers.items():
+        layer.from_file({tensor: tensors[f"{key}/{tensor}"] for tensor in layer.to_file()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +19,8 @@ _WIDE = (torch.float32, torch.float64)
 class Layer(nn.Module):
     """Base of all layers: flat parameters, no inner modules, one method per port it can use.
 
-    Layers hold no reference to the backbone; what they need of it comes with the `site`.
+    Layers hold no reference to the backbone; what they need of it comes with the `site`. What the
+    sites of one adapter share is a layer too, one without a port.
     """
 
     #: read-only taps it reads, each once a call: `context.read(site.taps[word])`
@@ -30,6 +31,30 @@ class Layer(nn.Module):
     additive: ClassVar[bool] = True
     #: why it cannot be merged into a weight, shown when `fold` returns None
     why_not_merge: ClassVar[str] = "it is not a linear change of a weight"
+    #: what the sites of its adapter share, where they do; there from the end of `attach` on
+    shared: Any = None
+
+    def share(self, shared: Layer) -> None:
+        """Refer to what the sites share, which the bank registers once, beside the layers."""
+        self.__dict__["shared"] = (
+            shared  # as a sub-module it would be counted and saved once a site
+        )
+
+    def read_parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter its output depends on: its own, and those it shares."""
+        yield from self.parameters()
+        if self.shared is not None:
+            yield from self.shared.parameters()
+
+    def to_file(self) -> dict[str, Tensor]:
+        """What its file holds, by name; `from_file` takes the same names, shapes and kinds."""
+        return self.state_dict()
+
+    def from_file(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `to_file` of an equal layer gave."""
+        with torch.no_grad():
+            for name, value in self.state_dict().items():
+                value.copy_(tensors[name])
 
     def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
         """Port `in`: the new input, shaped as x."""

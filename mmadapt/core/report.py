@@ -61,8 +61,13 @@ def sites(m: Any, pattern: str | None = None) -> Table:
 def plan(
     m: Any, adapter: Adapter | Sequence[Adapter], at: str | Sequence[str] | None = None
 ) -> Table:
-    """What `attach` would build: for each pattern the sites, shapes and parameters; changes nothing."""
+    """What `attach` would build: for each pattern the sites, shapes and parameters; changes nothing.
+
+    What an adapter's sites share is a row of its own, "shared".
+    """
     import torch
+
+    from mmadapt.core.install import build
 
     model, anatomy, _ = unwrap(m)
     several = as_adapters(adapter)
@@ -71,14 +76,17 @@ def plan(
     table = Table(("site", "width", "tensors", "parameters"))
     generator = torch.Generator().manual_seed(0)
     total = 0
-    pairs = [(one, site) for one in several for site in resolve(model, anatomy, one, at)]
-    for each, site in pairs:
-        layer = each.build(site, generator)
-        size = sum(parameter.numel() for parameter in layer.parameters())
-        shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
-        table.rows.append((site.name, site.width, shapes, size))
-        total += size
-    table.title = f"{adapter} at {', '.join(patterns)}: {len(table)} sites, {_share(total, model)}"
+    met = 0
+    for each in several:
+        chosen = resolve(model, anatomy, each, at)
+        widths = {site.name: site.width for site in chosen}
+        met += len(chosen)
+        for place, layer in build(each, chosen, generator).items():
+            size = sum(parameter.numel() for parameter in layer.parameters())
+            shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
+            table.rows.append((place, widths.get(place, ""), shapes, size))
+            total += size
+    table.title = f"{adapter} at {', '.join(patterns)}: {met} sites, {_share(total, model)}"
     return table
 
 
@@ -87,7 +95,7 @@ def summary(attachment: Attachment) -> Table:
     model, bank = require_bank(attachment.model)
     record = bank.records[require_name(bank, attachment.name, "summary")]
     groups: dict[tuple, list[int]] = {}
-    for key, layer in bank.layers_of(attachment.name):
+    for key, layer in bank.tensors_of(attachment.name):
         index, _, site = key.partition("/")
         shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
         shapes = shapes or " ".join(f"{name} {shape_of(b)}" for name, b in layer.named_buffers())
@@ -106,7 +114,7 @@ def inspect(m: Any) -> Table:
     model, bank = require_bank(m)
     table = Table(("attachment", "site", "adapter", "parameters", "norm", "values"))
     for name, record in bank.records.items():
-        for key, layer in bank.layers_of(name):
+        for key, layer in bank.tensors_of(name):
             index, _, site = key.partition("/")
             tensors = list(layer.parameters())
             norm = sum(float(t.detach().float().square().sum()) for t in tensors) ** 0.5

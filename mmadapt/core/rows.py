@@ -68,7 +68,7 @@ def _row_plan(
             f"rows cannot choose between {', '.join(map(repr, here))} at {site}: their adapters differ",
             "choose among attachments with one adapter and equal hyper-parameters, or split the batch",
         )
-    if not layers[0][0].rowwise:
+    if not layers[0][0].rowwise or layers[0][0].shared is not None:
         raise AttachError(
             f"{type(layers[0][0]).__name__} at {site} cannot be chosen by row", "split the batch"
         )
@@ -106,7 +106,7 @@ class RowPlan:
             )
         return self.layers[0].after_rows(self.operands(), acc, y, x)
 
-    def parameters(self) -> Iterator[Tensor]:
+    def read_parameters(self) -> Iterator[Tensor]:
         """Of all the layers that rows may pick."""
         return (parameter for layer in self.layers for parameter in layer.parameters())
 

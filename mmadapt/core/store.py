@@ -18,6 +18,7 @@ from mmadapt.core.attached import NAME, require_bank, require_name
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.site import BIAS
 from mmadapt.core.table import shape_of
+from mmadapt.core.upgrades import UPGRADES
 from mmadapt.errors import AdapterError, AdapterFileError, WrongBackboneError, did_you_mean
 
 if TYPE_CHECKING:
@@ -27,12 +28,9 @@ if TYPE_CHECKING:
     from mmadapt.core.attachment import Attachment
     from mmadapt.core.site import SiteView
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "adapter.json"
 TENSORS = "adapter.safetensors"
-
-#: schema -> pure function from a manifest of that schema to one of the next
-UPGRADES: dict[int, Any] = {}
 
 
 def save(
@@ -55,8 +53,8 @@ def save(
     record = bank.records[name]
     tensors = {
         f"{key}/{tensor}": value.detach().cpu().contiguous()
-        for key, layer in bank.layers_of(name)
-        for tensor, value in layer.state_dict().items()
+        for key, layer in bank.tensors_of(name)
+        for tensor, value in layer.to_file().items()
     }
     manifest = {
         "schema": SCHEMA,
@@ -175,10 +173,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
     # the header decides: a save killed between its two files leaves a stale adapter.json
     text = header if header is not None else (folder / MANIFEST).read_text(errors="replace")
-    return _parse(folder, text), tensors
+    return _parse(folder, text, tensors)
 
 
-def _parse(folder: Path, text: str) -> dict[str, Any]:
+def _parse(
+    folder: Path, text: str, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         manifest = json.loads(text)
     except ValueError as error:
@@ -194,7 +194,7 @@ def _parse(folder: Path, text: str) -> dict[str, Any]:
         upgrade = UPGRADES.get(manifest["schema"])
         if upgrade is None:
             raise AdapterFileError(f"{folder} has the unknown schema {schema}")
-        manifest = upgrade(manifest)
+        manifest, tensors = upgrade(manifest, tensors)
     expected = {
         "name": str,
         "adapters": list,
@@ -213,7 +213,7 @@ def _parse(folder: Path, text: str) -> dict[str, Any]:
     if not NAME.fullmatch(manifest["name"]):
         raise AdapterFileError(f"{folder / MANIFEST}: {manifest['name']!r} names no attachment")
     manifest.setdefault("licence", None)
-    return manifest
+    return manifest, tensors
 
 
 def _rebuild(

@@ -9,11 +9,14 @@ Fu et al. 2022, AdapterBias: Parameter-efficient Token-dependent Representation 
 NLP Tasks, arXiv:2205.00305
 
     y' = y + (w·z + b)·v,   z: input of the MLP's second linear, v zero at the start
+
+with (w, b) of its own at each layer, or one for all.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +63,25 @@ class ScaleShiftLayer(Layer):
         return changed, scale_shift(bias, self.scale, self.shift)
 
 
+class AdapterBiasGate(Layer):
+    """What all sites share with `shared_gate`. Parameters: gate (I,), gate_bias ()."""
+
+    def __init__(
+        self, adapter: AdapterBias, sites: Sequence[SiteView], generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        widths = {site.width_in: site.name for site in sites}
+        if len(widths) > 1:
+            (one, here), (other, there), *_ = widths.items()
+            raise AdapterError(
+                f"AdapterBias cannot share one gate: {here} has {one} inputs and {there} has {other}",
+                "choose sites of one width with at=, or shared_gate=False",
+            )
+        self.gate, self.gate_bias = _gate(sites[0], generator)
+
+
 class AdapterBiasLayer(Layer):
-    """Parameters: gate (I,), gate_bias (), direction (O,)."""
+    """Parameters: direction (O,); gate (I,), gate_bias () where they are not shared."""
 
     why_not_merge = "its shift depends on the token"
 
@@ -73,11 +93,19 @@ class AdapterBiasLayer(Layer):
                 "does not have",
                 "choose a site such as '*.layers[*].mlp.down'",
             )
-        self.gate, self.gate_bias = empty(site, site.width_in), empty(site)
+        if not adapter.shared_gate:
+            self.gate, self.gate_bias = _gate(site, generator)
         self.direction = empty(site, site.width)
-        fill_uniform(self.gate, 1 / math.sqrt(site.width_in), generator)
-        fill_uniform(self.gate_bias, 1 / math.sqrt(site.width_in), generator)
         nn.init.zeros_(self.direction)
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
-        return acc + directed_shift(x, self.gate, self.gate_bias, self.direction)
+        own = self if self.shared is None else self.shared
+        return acc + directed_shift(x, own.gate, own.gate_bias, self.direction)
+
+
+def _gate(site: SiteView, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
+    """w (I,) and b (), drawn as torch's linear layers draw theirs."""
+    gate, gate_bias = empty(site, site.width_in), empty(site)
+    fill_uniform(gate, 1 / math.sqrt(site.width_in), generator)
+    fill_uniform(gate_bias, 1 / math.sqrt(site.width_in), generator)
+    return gate, gate_bias

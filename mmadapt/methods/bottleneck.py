@@ -8,7 +8,8 @@ Steitz and Roth 2024, Adapters Strike Back (Adapter+), arXiv:2406.06820
 
     y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential) or x (parallel)
 
-with a LayerNorm on z or on the change, and s a number, a trained number or one a channel. U and
+with a LayerNorm on z or on the change, and s a number, a trained number or one a channel. While
+training, a row's whole change is dropped with a probability (stochastic depth, Adapter+). U and
 both biases start at zero, so that the layer starts as the identity; D is drawn as torch's linear
 layers draw it. The start "houlsby" draws D and U from N(0, 0.01²) within two deviations.
 """
@@ -30,6 +31,7 @@ from mmadapt.ops.reference import (
     bottleneck,
     by_row,
     channel_axis,
+    drop_rows,
     layer_norm,
 )
 
@@ -57,12 +59,14 @@ class BottleneckLayer(Layer):
             )
         self.activation = adapter.activation
         self.dropout = float(adapter.dropout)
+        self.drop_path = float(adapter.drop_path)
         self.norm = adapter.norm
         self.axis = channel_axis(site.span.layout)
         channels = site.width_in if self.parallel else site.width
-        self.down = empty(site, adapter.width, channels)
-        self.down_bias = empty(site, adapter.width)
-        self.up = empty(site, site.width, adapter.width)
+        width = adapter.width_of(channels)
+        self.down = empty(site, width, channels)
+        self.down_bias = empty(site, width)
+        self.up = empty(site, site.width, width)
         self.up_bias = empty(site, site.width)
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)
@@ -103,6 +107,8 @@ class BottleneckLayer(Layer):
             delta = layer_norm(delta, self.norm_weight, self.norm_bias)
         if self.axis != -1:
             delta = delta.movedim(-1, self.axis)
+        if self.drop_path and self.training:
+            delta = drop_rows(delta, self.drop_path)
         return acc + (delta if delta.dtype == acc.dtype else delta.to(acc.dtype))
 
     @property
@@ -126,7 +132,10 @@ class BottleneckLayer(Layer):
         hidden = ACTIVATIONS[self.activation](torch.baddbmm(down_bias, z, down))
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        return add_by_row(acc, torch.baddbmm(up_bias, hidden, up))
+        delta = torch.baddbmm(up_bias, hidden, up)
+        if self.drop_path and self.training:
+            delta = drop_rows(delta, self.drop_path)
+        return add_by_row(acc, delta)
 
     def describe(self) -> dict[str, Any]:
         if not isinstance(self.scale, Tensor):

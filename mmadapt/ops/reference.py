@@ -81,6 +81,42 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(z.to(weight.dtype), weight.shape, weight, bias)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·weightᵀ + bias for x (…, C), weight (O, C); in the parameters' dtype, or autocast's."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return F.linear(x, weight, bias)
+
+
+def couple(
+    z: Tensor,  # (…, C)
+    f: tuple[Tensor, Tensor, Tensor, Tensor],  # down, its bias, up, its bias
+    g: tuple[Tensor, Tensor, Tensor, Tensor],
+    activation: str,
+    inverse: bool,
+) -> Tensor:
+    """The additive coupling y1 = x1 + f(x2), y2 = x2 + g(y1) of both halves of z, or its inverse."""
+    wide = z.to(f[0].dtype)
+    first, second = wide.split((f[2].shape[0], g[2].shape[0]), dim=-1)
+    if inverse:
+        second = second - bottleneck(first, *g, activation, 1.0)
+        first = first - bottleneck(second, *f, activation, 1.0)
+    else:
+        first = first + bottleneck(second, *f, activation, 1.0)
+        second = second + bottleneck(first, *g, activation, 1.0)
+    return torch.cat((first, second), dim=-1).to(z.dtype)
+
+
+def drop_rows(delta: Tensor, probability: float) -> Tensor:
+    """delta (B, …) with whole rows set to zero at random, the others divided by 1 − probability.
+
+    Always acts: training is the caller's business. The mean over the draws is delta.
+    """
+    kept = torch.rand(delta.shape[0], device=delta.device) >= probability
+    factor = kept.to(delta.dtype) / (1 - probability)
+    return delta * factor.view(-1, *(1 for _ in delta.shape[1:]))
+
+
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale · (x·aᵀ)·bᵀ for x (…, C), a (R, C), b (O, R)."""
     dtype = x.dtype
@@ -163,18 +199,51 @@ def normal_codes(bits: int) -> tuple[float, ...]:
     return tuple(codes)
 
 
-def low_bit(weight: Tensor, codes: tuple[float, ...]) -> Tensor:
-    """`weight` with as many values as there are `codes`: its standardised elements at the nearest.
+def standardised(weight: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """(weight − mean) / (deviation + 1e-5); mean and deviation ()."""
+    return (weight - mean) / (deviation + 1e-5)
 
-    The gradient takes the choice of the code for the identity, and goes through mean and deviation.
+
+def nearest_codes(standard: Tensor, codes: tuple[float, ...]) -> Tensor:
+    """Which of the ascending `codes` is nearest to each element, int64 of the same shape."""
+    index = torch.zeros_like(standard, dtype=torch.int64)
+    for low, high in itertools.pairwise(codes):
+        index += standard > (low + high) / 2
+    return index
+
+
+def low_bit(
+    weight: Tensor,
+    codes: tuple[float, ...],
+    mean: Tensor | None = None,
+    deviation: Tensor | None = None,
+) -> Tensor:
+    """code · deviation + mean, the code being the nearest to each standardised element.
+
+    Mean and deviation are the weight's own unless given. The gradient takes the choice of the code
+    for the identity, and goes through mean and deviation.
     """
-    mean, deviation = weight.mean(), weight.std()
-    standard = (weight - mean) / (deviation + 1e-5)
+    mean = weight.mean() if mean is None else mean
+    deviation = weight.std() if deviation is None else deviation
+    standard = standardised(weight, mean, deviation)
     with torch.no_grad():
-        code = torch.full_like(standard, codes[0])
-        for low, high in itertools.pairwise(codes):
-            code = torch.where(standard > (low + high) / 2, high, code)
-    return (standard + (code - standard).detach()) * deviation + mean
+        code = standard.new_tensor(codes)[nearest_codes(standard, codes)]
+    # adding the difference, which is zero, leaves the code's own bits: files reproduce the value
+    return (code + (standard - standard.detach())) * deviation + mean
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Whole numbers below 2^bits, any shape, as uint8 (⌈values·bits / 8⌉,), lowest bits first."""
+    flags = (values.reshape(-1, 1) >> torch.arange(bits, device=values.device)) & 1
+    eights = F.pad(flags.flatten(), (0, -flags.numel() % 8)).view(-1, 8)
+    return (eights << torch.arange(8, device=values.device)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` numbers of `pack_bits`, int64 (count,)."""
+    flags = (packed.to(torch.int64)[:, None] >> torch.arange(8, device=packed.device)) & 1
+    values = flags.flatten()[: count * bits].view(count, bits)
+    return (values << torch.arange(bits, device=packed.device)).sum(1)
 
 
 def clip_adapter(features: Tensor, first: Tensor, second: Tensor, ratio: Tensor | float) -> Tensor:

@@ -29,7 +29,14 @@ def main() -> None:
         for index, parameter in enumerate(model.parameters()):  # no library's random start
             values = torch.arange(parameter.numel(), dtype=torch.float32)
             parameter.copy_(((values * 0.37 + index).sin() * 0.1).view(parameter.shape))
-    randomise(mm.attach(model, [mm.Bottleneck(2), mm.LoRA(2)], name="golden"))
+    several = [
+        mm.Bottleneck(2),
+        mm.LoRA(2),
+        mm.Compacter(4, division=2),
+        mm.BiAdaptFormer(2, bits=3),
+        mm.Invertible(),
+    ]
+    randomise(mm.attach(model, several, name="golden"))
     mm.save(model, folder, licence="Apache-2.0", metrics={"accuracy": 0.5})
     with torch.no_grad():
         outputs = tiny.outputs(model)

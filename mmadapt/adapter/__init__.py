@@ -1,0 +1,45 @@
+"""Adapters: methods with their hyper-parameters, as frozen dataclasses that need no torch.
+
+An adapter says which roles it wants and which ports it can use; the layer it builds at each site
+lives in `mmadapt.methods` and is imported only when it is built. A third party adds a method with
+one such dataclass and one layer class, announced through the entry-point group `mmadapt.adapters`
+or `register_adapter`.
+"""
+
+from __future__ import annotations
+
+from mmadapt.adapter.affine import AdapterBias, ScaleShift
+from mmadapt.adapter.base import Adapter
+from mmadapt.adapter.bottleneck import Bottleneck
+from mmadapt.adapter.compacter import Compacter
+from mmadapt.adapter.conv import Convpass
+from mmadapt.adapter.head import Head
+from mmadapt.adapter.invertible import Invertible
+from mmadapt.adapter.lowbit import BiAdaptFormer
+from mmadapt.adapter.lowrank import LoRA
+from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
+from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.unlock import Unlock
+from mmadapt.adapter.validation import ACTIVATIONS, Activation
+
+__all__ = [
+    "ACTIVATIONS",
+    "_REGISTRY",
+    "Activation",
+    "Adapter",
+    "AdapterBias",
+    "BiAdaptFormer",
+    "Bottleneck",
+    "ClipAdapter",
+    "Compacter",
+    "Convpass",
+    "Head",
+    "Invertible",
+    "LoRA",
+    "ScaleShift",
+    "TipAdapter",
+    "Unlock",
+    "adapters",
+    "from_json",
+    "register_adapter",
+]

@@ -1,0 +1,61 @@
+"""Checks of hyper-parameters; each names the adapter, the field, the value and what was expected."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmadapt.adapter.base import Adapter
+from mmadapt.errors import AdapterError, did_you_mean
+
+Activation = Literal["relu", "gelu", "gelu_new", "quick_gelu", "silu", "tanh", "identity"]
+ACTIVATIONS: tuple[str, ...] = (
+    "relu",
+    "gelu",
+    "gelu_new",
+    "quick_gelu",
+    "silu",
+    "tanh",
+    "identity",
+)
+
+
+def positive(adapter: Adapter, *names: str) -> None:
+    """Refuse fields that are no whole number of at least 1."""
+    for name in names:
+        value = getattr(adapter, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise AdapterError(
+                f"{type(adapter).__name__}: {name} is {value!r}, expected a whole number of at least 1"
+            )
+
+
+def one_of(adapter: Adapter, name: str, options: tuple[str, ...]) -> None:
+    """Refuse a field that is none of the options."""
+    value = getattr(adapter, name)
+    if value not in options:
+        raise AdapterError(
+            f"{type(adapter).__name__}: {name} is {value!r}, expected one of {', '.join(options)}",
+            did_you_mean(str(value), options),
+        )
+
+
+def flag(adapter: Adapter, *names: str) -> None:
+    """Refuse fields that are neither True nor False."""
+    for name in names:
+        if not isinstance(getattr(adapter, name), bool):
+            raise AdapterError(
+                f"{type(adapter).__name__}: {name} is {getattr(adapter, name)!r}, expected True or "
+                "False"
+            )
+
+
+def number(adapter: Adapter, *names: str, low: float = float("-inf"), high: float = float("inf")):
+    """Refuse fields that are no number in [low, high]; NaN is none."""
+    for name in names:
+        value = getattr(adapter, name)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (real and low <= value <= high):  # a NaN fails both comparisons
+            raise AdapterError(
+                f"{type(adapter).__name__}: {name} is {value!r}, expected a number in "
+                f"[{low:g}, {high:g}]"
+            )
