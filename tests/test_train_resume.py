@@ -163,10 +163,10 @@ def test_evaluation_and_patience_go_on_where_they_were(tmp_path: Path) -> None:
     def options(given: Iterator[float]) -> dict[str, Any]:
         return {"evaluation": mm.Evaluation(lambda model: next(given), every=1, patience=3)}
 
-    whole, first, second = Model(), Model(), Model()
+    whole = Model()
     expected = whole.fit(tensors(), **options(iter(values)))
     assert expected.stopped and expected.best == 2 and len(expected.losses) == 5
-    path, given = tmp_path / "run.pt", iter(values)
+    path, given, first, second = tmp_path / "run.pt", iter(values), Model(), Model()
     cut = first.fit(tensors(), checkpoint=path, loss=stopped_by(4), **options(given))
     assert cut.evaluations == [(1, {"value": 1.0}), (2, {"value": 3.0}), (3, {"value": 2.0})]
     history = second.fit(tensors(), checkpoint=path, **options(given))

@@ -113,8 +113,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AdapterFileError(
-            f"{path} cannot be read as the state of a run: {str(error).splitlines()[0][:200]}",
+            f"{path} cannot be read as the state of a run: {reason[:200]}",
             "delete it to start anew",
         ) from None
     if not isinstance(state, dict) or "format" not in state:

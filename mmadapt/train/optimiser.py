@@ -34,10 +34,10 @@ class Optimiser:
     rate; the rate rises over the first `warmup` share of steps. Gradients are clipped to the total
     norm `clip`; None leaves them alone.
 
-    `build` is a function from parameter groups to a `torch.optim.Optimizer`, or an optimiser that
-    was made after `attach`; its own rates, decay and groups then count.
+    `build` is a function from parameter groups (which hold their decay, and `lr` where `fit` is given
+    one) to a `torch.optim.Optimizer`; or an optimiser made after `attach`, whose own groups count.
 
-        mm.Optimiser(build=lambda groups: torch.optim.SGD(groups, momentum=0.9), schedule="constant")
+        mm.Optimiser(build=lambda groups: torch.optim.SGD(groups, lr=0.1), schedule="constant")
     """
 
     weight_decay: float = 0.01
@@ -69,7 +69,9 @@ class Optimiser:
                 )
             optimiser = self.build
         else:
-            groups = parameter_groups(trained, self.weight_decay, 1e-3 if lr is None else lr)
+            groups = parameter_groups(trained, self.weight_decay)
+            if lr is not None or self.build is None:
+                groups = [{**group, "lr": 1e-3 if lr is None else lr} for group in groups]
             optimiser = AdamW(groups) if self.build is None else self.build(groups)
             if not isinstance(optimiser, Optimizer):
                 raise DataError(
@@ -90,15 +92,13 @@ class Optimiser:
         return optimiser.param_groups[0]["lr"]
 
 
-def parameter_groups(
-    trained: Mapping[str, Tensor], weight_decay: float, lr: float
-) -> list[dict[str, Any]]:
+def parameter_groups(trained: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of named tensors: those that decay, and gates, norms, scales and biases that do not."""
     decayed = [tensor for name, tensor in trained.items() if decays(name, tensor)]
     kept = [tensor for name, tensor in trained.items() if not decays(name, tensor)]
     groups = [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": kept, "lr": lr, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

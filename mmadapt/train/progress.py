@@ -50,7 +50,7 @@ class Progress:
         self._text, self._curve = text, curve
         if self._bar is not None:
             self._bar.update(done - self.done)
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(text, refresh=self.done == 0)  # the first at once
         self.done = done
         if self.show and self._bar is None and time.monotonic() - self._last > 0.25:
             self._draw(final=False)
