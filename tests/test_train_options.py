@@ -144,6 +144,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
         start = copies(attachment)
         recipe = mm.Optimiser(
             clip=clip,
+            weight_decay=0.0,
             schedule="constant",
             warmup=0.0,
             build=lambda groups: torch.optim.SGD(groups, lr=1.0),
