@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.errors import DataError
 from mmadapt.train.flags import eval_mode
+from mmadapt.train.processes import reshard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,6 +58,7 @@ class Watch:
         """Evaluate now; several processes take the mean of their values."""
         with eval_mode(model):
             found = self.evaluation.function(model)
+        reshard(model)
         named = found if isinstance(found, Mapping) else {"value": found}
         try:
             values = {str(name): self.processes.mean(float(value)) for name, value in named.items()}

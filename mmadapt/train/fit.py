@@ -71,7 +71,7 @@ def fit(
     import torch
 
     from mmadapt.train.batches import batches
-    from mmadapt.train.processes import Processes
+    from mmadapt.train.processes import Processes, reshard
     from mmadapt.train.run import Run
     from mmadapt.train.step import Learner
 
@@ -81,6 +81,7 @@ def fit(
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise DataError(f"autocast is {autocast!r}, expected torch.bfloat16, torch.float16 or None")
     model = unwrap_model(m)
+    reshard(model)
     _trained(model)
     recipe = optimiser if isinstance(optimiser, Optimiser) else Optimiser(build=optimiser)
     processes = Processes()
@@ -124,6 +125,7 @@ def fit(
         finally:
             learner.forget()
             run.back()
+        reshard(model)
         run.clock()
         loop.save()
         if run.watch is not None:

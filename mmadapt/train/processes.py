@@ -6,6 +6,7 @@ Processes are started by `accelerate launch` or torchrun; nothing here starts an
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -136,13 +137,22 @@ class Processes:
         return DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Divide again what a forward pass without a backward pass left gathered."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded the tensors that train.
 
     Raises `AttachError` where it has sharded the backbone only: the adapters came after it.
     """
-    import sys
-
     if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor

@@ -48,7 +48,7 @@ class Learner:
         self.accumulate = accumulate
         self.device = self.trained[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
-        self.kept = [tensor.detach().clone() for tensor in self.trained]
+        self.kept = [tensor.clone() for tensor in self._here()]
         self.seen: list[Batch] = []
 
     def learn(self, batch: Batch, step: int) -> float:
@@ -96,24 +96,26 @@ class Learner:
                 f"was {self._where()}",
                 "look for a division by zero, or a root or logarithm at zero, in the loss",
             )
-        with torch.no_grad():
-            torch._foreach_copy_(self.kept, self.trained)
+        torch._foreach_copy_(self.kept, self._here())
         try:
             self.scaler.step(self.optimiser)
             self.scaler.update()
-            largest = torch.nn.utils.get_total_norm(self.trained, math.inf)
-            if not math.isfinite(float(whole(largest.detach()))):
+            if self.processes.any(not _finite(self._here())):
                 raise CheckError(
                     f"the update at step {step} left numbers that are not finite; those before it "
                     f"were put back. It was {self._where()}",
                     "lower lr",
                 )
         except BaseException:
-            with torch.no_grad():
-                torch._foreach_copy_(self.trained, self.kept)
+            torch._foreach_copy_(self._here(), self.kept)
             raise
         self.forget()
         return norm
+
+    @torch.no_grad()
+    def _here(self) -> list[Tensor]:
+        """What trains, or where it is sharded this process's part of it."""
+        return [t.to_local() if hasattr(t, "to_local") else t.detach() for t in self.trained]  # type: ignore
 
     def _overflowed(self) -> bool:
         """Whether the scale of float16 gradients was too large, and can still fall."""
@@ -123,3 +125,8 @@ class Learner:
         """Drop the gradients of a step that is over, or was cut short."""
         self.seen.clear()
         self.optimiser.zero_grad(set_to_none=True)
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    full = [tensor for tensor in tensors if tensor.numel()]  # a shard may be empty
+    return not full or math.isfinite(float(torch.nn.utils.get_total_norm(full, math.inf)))
