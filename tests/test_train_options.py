@@ -150,7 +150,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
             build=lambda groups: torch.optim.SGD(groups, lr=1.0),
         )
         history = fit(backbone, steps=1, optimiser=recipe)
-        moved = torch.cat([(a - b).flatten() for a, b in zip(start, copies(attachment), strict=True)])
+        moved = torch.cat(
+            [(a - b).flatten() for a, b in zip(start, copies(attachment), strict=True)]
+        )
         expected = history.norms[0] if clip is None else clip
         assert float(moved.norm()) == pytest.approx(expected, rel=1e-3)
 
@@ -290,7 +292,9 @@ def test_a_model_of_transformers_trains_from_a_dictionary() -> None:
     start = copies(attachment)
     history = mm.fit(model, data, steps=2, progress=False)
     assert len(history.losses) == 2 and not any(map(torch.equal, start, copies(attachment)))
-    with pytest.raises(DataError, match="the batch lacks pixel_values, which ViTForImage") as caught:
+    with pytest.raises(
+        DataError, match="the batch lacks pixel_values, which ViTForImage"
+    ) as caught:
         mm.fit(model, {"image": data["pixel_values"], "labels": data["labels"]}, progress=False)
     assert "its keys: image, labels" in caught.value.message
     with pytest.raises(DataError, match="returned no loss; the batch has the keys pixel_values"):
@@ -322,9 +326,13 @@ def test_a_loss_is_given_what_the_data_yields() -> None:
 
     def loss(model: Any, batch: Any) -> Tensor:
         kinds.append(batch)
-        inputs = batch if isinstance(batch, Tensor) else batch[next(iter(batch), 0)] if isinstance(
-            batch, dict
-        ) else batch[0]
+        inputs = (
+            batch
+            if isinstance(batch, Tensor)
+            else batch[next(iter(batch), 0)]
+            if isinstance(batch, dict)
+            else batch[0]
+        )
         return model(inputs).square().mean()
 
     dataset = TensorDataset(hidden(8), TARGETS)
@@ -397,7 +405,9 @@ def test_a_plain_function_is_evaluated_after_the_last_step_too() -> None:
     assert history.evaluations == [(3, {"value": 2.0})]
 
 
-@pytest.mark.parametrize(("found", "text"), [("good", "returned 'good'"), ({}, "returned no value")])
+@pytest.mark.parametrize(
+    ("found", "text"), [("good", "returned 'good'"), ({}, "returned no value")]
+)
 def test_an_evaluation_that_is_no_number_is_refused(found: Any, text: str) -> None:
     with pytest.raises(DataError, match=text):
         fit(adapted()[0], evaluation=lambda model: found)

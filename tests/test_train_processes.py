@@ -130,6 +130,16 @@ def test_sharded_by_fsdp2_the_same_is_learned_saved_and_resumed(
     assert_alike(left(again, "fsdp_resumed"), left(alone, "plain"))
 
 
+@pytest.mark.slow
+def test_accelerate_shards_the_model_where_its_launcher_asks_for_it(
+    alone: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    run(TORCHRUN, tmp_path, "fsdp_launched")
+    assert_alike(left(tmp_path, "fsdp_launched"), left(alone, "four"))
+    assert not (tmp_path / "launched-1").exists()
+
+
 # -- in this process --------------------------------------------------------------------------------
 
 

@@ -266,7 +266,9 @@ def test_another_order_of_the_data_is_refused(options: Any, tmp_path: Path) -> N
 def test_data_that_became_shorter_is_refused(tmp_path: Path) -> None:
     path, batches = tmp_path / "run.pt", [(hidden(ROWS), TARGETS)] * 5
     Model().fit(batches, checkpoint=path, loss=stopped_by(5))
-    with pytest.raises(DataError, match="ended after 2 batches; the run that is resumed had seen 4"):
+    with pytest.raises(
+        DataError, match="ended after 2 batches; the run that is resumed had seen 4"
+    ):
         Model().fit(batches[:2], checkpoint=path)
 
 

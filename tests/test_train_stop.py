@@ -312,7 +312,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_once_and_training_goes_on(
     path = tmp_path / "run.pt"
     backbone, attachment = adapted()
     checkpoint = mm.Checkpoint(path, every=2)
-    with pytest.warns(UserWarning) as caught, small_files(2_000):
+    with pytest.warns(UserWarning, match="could not be written") as caught, small_files(2_000):
         history = fit(backbone, steps=6, checkpoint=checkpoint)
     _say_once(caught, history, path)
     assert caught[0].filename == __file__  # said to the caller
@@ -338,7 +338,7 @@ def test_a_full_file_system_keeps_the_checkpoint_of_before(tmp_path: Path) -> No
                 file.write(bytes(10**6))
             return value
 
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="could not be written") as caught:
             history = fit(
                 backbone,
                 steps=6,
@@ -355,7 +355,7 @@ def test_a_full_file_system_keeps_the_checkpoint_of_before(tmp_path: Path) -> No
 
 def test_a_log_that_cannot_be_written_is_said_once_too(tmp_path: Path) -> None:
     log = tmp_path / "run.csv"
-    with pytest.warns(UserWarning) as caught, small_files(100):
+    with pytest.warns(UserWarning, match="could not be written") as caught, small_files(100):
         history = fit(adapted()[0], steps=6, log=log)
     texts = [str(w.message) for w in caught]
     assert len(texts) == 1 and "the log could not be written" in texts[0]

@@ -173,8 +173,9 @@ class Stream(Source):
 
     def _open(self) -> None:
         for part in (self.data, *_samplers(self.data)):
-            if callable(getattr(part, "set_epoch", None)):
-                part.set_epoch(self.epoch)
+            set_epoch = getattr(part, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self.epoch)
         iterable = self.data if isinstance(self.data, Iterable) else self.data()
         if not isinstance(iterable, Iterable):
             raise DataError(

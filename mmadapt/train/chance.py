@@ -11,7 +11,8 @@ def random_state() -> dict[str, Any]:
     import numpy
     import torch
 
-    kind, keys, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    kind, keys, *rest = state
     version, numbers, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

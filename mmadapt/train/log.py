@@ -10,7 +10,7 @@ from typing import Any
 from mmadapt.errors import DataError
 
 #: called after each step: steps made so far, and numbers by name
-Log = Callable[[int, Mapping[str, float]], None]
+Log = Callable[[int, Mapping[str, float]], object]
 
 
 def logger(log: Any, made: int) -> Log:

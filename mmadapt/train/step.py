@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from mmadapt.errors import CheckError, DataError
 from mmadapt.train.batches import Batch, on_device
@@ -47,7 +48,7 @@ class Learner:
         self.clip = math.inf if clip is None else clip
         self.accumulate = accumulate
         self.device = self.trained[0].device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
+        self.scaler = GradScaler(self.device.type, enabled=autocast is torch.float16)
         self.kept = [tensor.clone() for tensor in self._here()]
         self.seen: list[Batch] = []
 
@@ -96,7 +97,7 @@ class Learner:
                 f"was {self._where()}",
                 "look for a division by zero, or a root or logarithm at zero, in the loss",
             )
-        torch._foreach_copy_(self.kept, self._here())
+        _copy(self._here(), self.kept)
         try:
             self.scaler.step(self.optimiser)
             self.scaler.update()
@@ -107,7 +108,7 @@ class Learner:
                     "lower lr",
                 )
         except BaseException:
-            torch._foreach_copy_(self._here(), self.kept)
+            _copy(self.kept, self._here())
             raise
         self.forget()
         return norm
@@ -130,3 +131,7 @@ class Learner:
 def _finite(tensors: list[Tensor]) -> bool:
     full = [tensor for tensor in tensors if tensor.numel()]  # a shard may be empty
     return not full or math.isfinite(float(torch.nn.utils.get_total_norm(full, math.inf)))
+
+
+def _copy(values: list[Tensor], into: list[Tensor]) -> None:
+    torch._foreach_copy_(into, values)  # type: ignore[attr-defined]
