@@ -124,6 +124,21 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
     assert_equal(second.values, whole.values)
 
 
+@pytest.mark.parametrize("calls", [6, 9])
+def test_augmentations_of_workers_are_drawn_again(calls: int, tmp_path: Path) -> None:
+    def data() -> Any:
+        return DataLoader(Pairs(), batch_size=4, shuffle=True, num_workers=1)
+
+    whole = Model()
+    expected = whole.fit(data(), steps=10)
+    first = Model()
+    first.fit(data(), steps=10, checkpoint=tmp_path / "run.pt", loss=stopped_by(calls))
+    second = Model()
+    history = second.fit(data(), steps=10, checkpoint=tmp_path / "run.pt")
+    assert history.losses == expected.losses
+    assert_equal(second.values, whole.values)
+
+
 def test_a_run_killed_between_checkpoints_is_taken_up_at_the_last_one(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
@@ -206,10 +221,17 @@ def test_a_complete_run_is_not_made_again_unless_asked(tmp_path: Path) -> None:
     assert_equal(third.values, first.values)
 
 
-def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
-    path = tmp_path / "run.pt"
-    Model().fit(tensors(), checkpoint=path, steps=4)
-    assert len(Model().fit(tensors(), checkpoint=path, steps=7).losses) == 7
+@pytest.mark.parametrize("data", DATA)
+def test_more_steps_go_on_from_the_end(data: str, tmp_path: Path) -> None:
+    path, constant = tmp_path / "run.pt", mm.Optimiser(schedule="constant", warmup=0.0)
+    whole = Model()
+    expected = whole.fit(DATA[data](), steps=7, optimiser=constant)
+    Model().fit(DATA[data](), checkpoint=path, steps=4, optimiser=constant)
+    Model().fit(DATA[data](), checkpoint=path, steps=4, optimiser=constant)  # looked at only
+    second = Model()
+    history = second.fit(DATA[data](), checkpoint=path, steps=7, optimiser=constant)
+    assert history.losses == expected.losses
+    assert_equal(second.values, whole.values)
 
 
 def test_running_means_of_a_step_that_was_cut_short_are_put_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mmadapt.train.interrupt import Interruption
 from mmadapt.train.log import Log, logger
 from mmadapt.train.losses import model_loss
 from mmadapt.train.optimiser import Optimiser
-from mmadapt.train.progress import Progress
+from mmadapt.train.progress import Progress, in_notebook
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def fit(
     with (
         train_mode(m),
         Progress(label, steps, progress and processes.main) as shown,
-        Interruption(shown.note) as interruption,
+        Interruption(shown.show and not in_notebook()) as interruption,
         torch.enable_grad(),
     ):
         run = Run(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 
 class Interruption:
-    """Inside the block the first Ctrl-C sets `asked` and calls `say`; the second raises.
+    """Inside the block the first Ctrl-C sets `asked`, and says so where `say` is set; the second raises.
 
     In another thread than the main one, or where SIGINT is ignored, nothing is installed.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: bool) -> None:
         self.asked = False
         self._say = say
         self._before: Any = None
@@ -32,7 +33,9 @@ class Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._say("stopping after this batch; interrupt again to stop at once")
+        if self._say:  # past every buffer: whatever was being written when the signal came goes on
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this batch; interrupt again to stop at once\n")
 
     def __exit__(
         self,

@@ -107,13 +107,14 @@ class Processes:
 
         Returns the optimiser that `make` makes of what trains then.
         """
-        if self.size == 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.size == 1 and not fsdp:
             return make()
         if self.device is not None and not sharded(model):
-            from accelerate import Accelerator
-            from accelerate.utils import DistributedType
+            if fsdp:
+                from accelerate import Accelerator
+                from accelerate.utils import DistributedType
 
-            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
                 accelerator = Accelerator()
                 if accelerator.distributed_type == DistributedType.FSDP:
                     if not accelerator.is_fsdp2:

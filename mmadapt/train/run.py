@@ -47,6 +47,7 @@ class Run:
     def __post_init__(self) -> None:
         self.tensors = trained_state(self.model)
         self._before = 0.0
+        self._saved = -1
 
     def mark(self) -> None:
         """Remember where the last complete step ended: what comes after it may be cut short."""
@@ -66,8 +67,9 @@ class Run:
     # -- files ------------------------------------------------------------------------------
 
     def save(self) -> str:
-        """Write the checkpoint; returns why it could not be written, or nothing."""
-        if self.checkpoint is None:
+        """Write the checkpoint, if it does not hold the last step yet; returns why that failed, or nothing."""
+        made = len(self.history.losses)
+        if self.checkpoint is None or not self._place or made == self._saved:
             return ""
         self.clock()
         state = {
@@ -83,6 +85,7 @@ class Run:
                 "value": self.watch.value,
                 "best": gathered(self.watch.best),
             }
+        self._saved = made  # in every process alike: gathering needs them all
         if not self.processes.main:
             return ""
         try:
@@ -110,7 +113,7 @@ class Run:
         self._before = past.seconds
         vars(self.history).update(vars(past))
         self._take_up_watch(state.get("watch"))
-        made = len(past.losses)
+        self._saved = made = len(past.losses)
         if made >= past.steps or past.stopped:
             return f"the run in {path} is complete; resume=False starts anew"
         passed = self.source.seek(state["position"])
