@@ -58,6 +58,14 @@ def at_call(number: int, act: Any) -> Any:
     return loss
 
 
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """SIGINT interrupts, whoever started the tests: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # -- Ctrl-C -----------------------------------------------------------------------------------------
 
 
@@ -119,6 +127,13 @@ def test_an_interrupt_while_the_model_is_evaluated_is_one_too() -> None:
     assert history.evaluations == [(2, {"value": 1.0})]
 
 
+def test_where_interrupts_are_ignored_they_stay_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    history = fit(adapted()[0], loss=at_call(2, interrupt))
+    assert not history.interrupted and len(history.losses) == 5
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_a_run_in_another_thread_leaves_signals_alone() -> None:
     found: list[Any] = []
     before = signal.getsignal(signal.SIGINT)
@@ -140,6 +155,7 @@ sys.path.insert(0, {tests!r})
 from test_train_stop import adapted, distance, hidden, TARGETS
 import mmadapt as mm
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 backbone, attachment = adapted()
 calls = []
 

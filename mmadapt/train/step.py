@@ -49,6 +49,8 @@ class Learner:
         self.accumulate = accumulate
         self.device = self.trained[0].device
         self.scaler = GradScaler(self.device.type, enabled=autocast is torch.float16)
+        self.divided = any(hasattr(tensor, "to_local") for tensor in self.trained)
+        self.views = [tensor.detach() for tensor in self.trained]
         self.kept = [tensor.clone() for tensor in self._here()]
         self.seen: list[Batch] = []
 
@@ -113,10 +115,12 @@ class Learner:
         self.forget()
         return norm
 
-    @torch.no_grad()
     def _here(self) -> list[Tensor]:
         """What trains, or where it is sharded this process's part of it."""
-        return [t.to_local() if hasattr(t, "to_local") else t.detach() for t in self.trained]  # type: ignore
+        if not self.divided:
+            return self.views
+        with torch.no_grad():
+            return [tensor.to_local() for tensor in self.trained]  # type: ignore[attr-defined]
 
     def _overflowed(self) -> bool:
         """Whether the scale of float16 gradients was too large, and can still fall."""
