@@ -46,7 +46,12 @@ if TYPE_CHECKING:
     from mmadapt.core.store import load_adapter, save
     from mmadapt.errors import MmadaptError
     from mmadapt.train.cache import cached_prefix
-    from mmadapt.train.fit import History, fit, train_mode
+    from mmadapt.train.checkpoint import Checkpoint
+    from mmadapt.train.evaluation import Evaluation
+    from mmadapt.train.fit import fit
+    from mmadapt.train.flags import train_mode
+    from mmadapt.train.history import History
+    from mmadapt.train.optimiser import Optimiser
     from mmadapt.zoo.load import load
 
 _HOMES = {
@@ -67,7 +72,12 @@ _HOMES = {
     "mmadapt.core.store": "load_adapter save",
     "mmadapt.errors": "MmadaptError",
     "mmadapt.train.cache": "cached_prefix",
-    "mmadapt.train.fit": "History fit train_mode",
+    "mmadapt.train.checkpoint": "Checkpoint",
+    "mmadapt.train.evaluation": "Evaluation",
+    "mmadapt.train.fit": "fit",
+    "mmadapt.train.flags": "train_mode",
+    "mmadapt.train.history": "History",
+    "mmadapt.train.optimiser": "Optimiser",
     "mmadapt.zoo.load": "load",
 }
 _MODULES = ("adapter", "errors", "ops", "tasks", "zoo")

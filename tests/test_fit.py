@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mmadapt as mm
 from mmadapt.errors import AttachError, CheckError, DataError
+from mmadapt.train.batches import batches
+from mmadapt.train.processes import Processes
 
 TARGETS = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(4))
 INPUTS = hidden(8)
@@ -27,7 +29,8 @@ def adapted() -> tuple[mm.Backbone, Any]:
     return backbone, mm.attach(backbone, mm.Bottleneck(4), at="layers[*].mlp")
 
 
-def distance(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+def distance(model: Any, batch: Any) -> Tensor:
+    inputs, targets = batch
     return F.mse_loss(model(inputs), targets)
 
 
@@ -63,7 +66,8 @@ def test_an_adapter_in_clip_learns_from_pixels() -> None:
     mm.attach(model, mm.LoRA(2), at="vision.layers[*].attn.*")
     goal = F.normalize(torch.randn(6, 8), dim=-1)
 
-    def loss(model: Any, images: Tensor, goal: Tensor) -> Tensor:
+    def loss(model: Any, batch: Any) -> Tensor:
+        images, goal = batch
         return -(F.normalize(model.encode_image(images), dim=-1) * goal).sum(-1).mean()
 
     history = fit(model, (pixels(6), goal), loss=loss, steps=40, lr=3e-2)
@@ -107,7 +111,8 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_random_state() -
 def test_tensors_are_drawn_epoch_by_epoch() -> None:
     seen: list[int] = []
 
-    def loss(model: Any, inputs: Tensor, rows: Tensor) -> Tensor:
+    def loss(model: Any, batch: Any) -> Tensor:
+        inputs, rows = batch
         seen.extend(rows.tolist())
         return model(inputs).square().mean()
 
@@ -126,7 +131,7 @@ def test_an_iterable_is_run_through_again_and_again() -> None:
 def test_a_batch_that_is_a_dictionary_is_one_argument() -> None:
     batch = {"inputs": hidden(8), "targets": TARGETS}
     history = fit(
-        adapted()[0], [batch], loss=lambda model, b: distance(model, b["inputs"], b["targets"])
+        adapted()[0], [batch], loss=lambda model, b: distance(model, (b["inputs"], b["targets"]))
     )
     assert len(history.losses) == 5
 
@@ -205,11 +210,11 @@ def test_the_batch_size_is_a_whole_number(batch_size: Any, monkeypatch: pytest.M
 def _interrupted_at(step: int) -> Any:
     calls: list[int] = []
 
-    def loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(model: Any, batch: Any) -> Tensor:
         calls.append(1)
         if len(calls) > step:
             raise KeyboardInterrupt
-        return distance(model, inputs, targets)
+        return distance(model, batch)
 
     return loss
 
@@ -243,7 +248,7 @@ def test_a_loss_that_is_not_finite_raises_and_changes_nothing(bad: float) -> Non
     backbone, attachment = adapted()
     before, start = flags(backbone.model), copies(attachment)
     with pytest.raises(CheckError) as caught:
-        fit(backbone, loss=lambda model, x, y: distance(model, x, y) * bad)
+        fit(backbone, loss=lambda model, batch: distance(model, batch) * bad)
     assert f"the loss is {bad} at step 0; nothing was changed by this step" in str(caught.value)
     assert "lower lr" in caught.value.hint
     assert flags(backbone.model) == before
@@ -254,8 +259,8 @@ def test_a_gradient_that_is_not_finite_raises_and_changes_nothing() -> None:
     backbone, attachment = adapted()
     start = copies(attachment)
 
-    def loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.sqrt((model(inputs) * 0).sum())  # 0, with an infinite slope
+    def loss(model: Any, batch: Any) -> Tensor:
+        return torch.sqrt((model(batch[0]) * 0).sum())  # 0, with an infinite slope
 
     with pytest.raises(CheckError, match="gradient"):
         fit(backbone, loss=loss)
@@ -277,13 +282,13 @@ def test_an_error_in_the_loss_passes_through_with_flags_back() -> None:
 @pytest.mark.parametrize(
     ("loss", "kind", "text"),
     [
-        (lambda m, x, y: 1.0, DataError, "loss returned float, expected a tensor with one number"),
+        (lambda m, batch: 1.0, DataError, "loss returned float, expected a tensor with one number"),
         (
-            lambda m, x, y: m(x),
+            lambda m, batch: m(batch[0]),
             DataError,
             "loss returned Tensor, expected a tensor with one number",
         ),
-        (lambda m, x, y: y.sum(), CheckError, "does not depend on anything that trains"),
+        (lambda m, batch: batch[1].sum(), CheckError, "does not depend on anything that trains"),
     ],
 )
 def test_a_loss_that_cannot_train_is_refused(loss: Any, kind: type[Exception], text: str) -> None:
@@ -312,9 +317,9 @@ def test_nothing_to_train_is_said_with_the_way_on() -> None:
 
 
 def _watching(seen: list[dict[str, bool]]) -> Any:
-    def loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(model: Any, batch: Any) -> Tensor:
         seen.append({name: module.training for name, module in model.named_modules()})
-        return distance(model, inputs, targets)
+        return distance(model, batch)
 
     return loss
 
@@ -339,9 +344,9 @@ def test_the_loss_is_given_the_bare_model() -> None:
     backbone, _ = adapted()
     given: list[Any] = []
 
-    def loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(model: Any, batch: Any) -> Tensor:
         given.append(model)
-        return distance(model, inputs, targets)
+        return distance(model, batch)
 
     fit(backbone, loss=loss, steps=1)
     fit(backbone.model, loss=loss, steps=1)
@@ -392,9 +397,7 @@ def test_progress_is_shown_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_default_device_does_not_matter_to_the_order_of_rows() -> None:
-    from mmadapt.train.fit import _batches
-
-    expected = next(_batches((INPUTS,), 4, seed=0))
+    expected = batches((INPUTS,), 4, 0, Processes()).next().value
     with torch.device("meta"):
-        found = next(_batches((INPUTS,), 4, seed=0))
+        found = batches((INPUTS,), 4, 0, Processes()).next().value
     assert_equal(found, expected)

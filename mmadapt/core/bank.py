@@ -18,6 +18,7 @@ from mmadapt.core.dispatch import AroundHook, InHook, OutHook, Plan, ShareHook, 
 from mmadapt.core.effective import WeightHook, WeightRestore, WeightSite
 from mmadapt.core.layer import Layer
 from mmadapt.core.passes import Begin, End, FirstForward, InputTapHook, TapHook
+from mmadapt.core.renames import undo_renames
 from mmadapt.errors import AttachError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Bank(nn.Module):
         self.trainable = {name: p.requires_grad for name, p in backbone_parameters(model)}
         self.training_flags = {name: module.training for name, module in model.named_modules()}
         self.training = model.training
+        self.register_load_state_dict_pre_hook(undo_renames)
         self.register_load_state_dict_post_hook(_allow_bare_checkpoint)
 
     def forward(self) -> None:

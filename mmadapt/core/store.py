@@ -44,7 +44,8 @@ def save(
     """Write one attachment to the folder `path` (created if need be) and return it.
 
     Only the adapter is written: `adapter.json` (what it is, where it stands, the backbone it was
-    made for) and `adapter.safetensors`. Without a name exactly one must be attached.
+    made for) and `adapter.safetensors`. Without a name exactly one must be attached. Where several
+    processes train together the first one writes; where FSDP2 shards the adapter all have to call.
     """
     from safetensors.torch import save as to_bytes
 
@@ -52,7 +53,7 @@ def save(
     name = require_name(bank, name, "save")
     record = bank.records[name]
     tensors = {
-        f"{key}/{tensor}": value.detach().cpu().contiguous()
+        f"{key}/{tensor}": _whole(value.detach()).cpu().contiguous()
         for key, layer in bank.tensors_of(name)
         for tensor, value in layer.to_file().items()
     }
@@ -79,10 +80,26 @@ def save(
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise AdapterFileError(f"{folder} is a file", "adapters are saved to a folder")
+    if not _writes():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / TENSORS, to_bytes(tensors, metadata={"mmadapt": text}))
     replace_file(folder / MANIFEST, (text + "\n").encode())
     return folder
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A tensor that FSDP2 sharded, gathered from all processes; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _writes() -> bool:
+    """Whether this is the first of the processes that train together, or the only one."""
+    from torch import distributed
+
+    return not (
+        distributed.is_available() and distributed.is_initialized() and distributed.get_rank()
+    )
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -261,11 +278,17 @@ def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, 
         "zoo": getattr(entry, "name", None),
         "revision": getattr(entry, "revision", None),
         "sha256": getattr(entry, "sha256", None),
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "class": _class_name(model),
         "family": anatomy.family,
         "facts": anatomy.facts(model) if anatomy.facts else {},
         "widths": _widths(model, anatomy),
     }
+
+
+def _class_name(model: nn.Module) -> str:
+    """The model's own class, where FSDP2 has put one of its making before it."""
+    own = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed."))
+    return f"{own.__module__}.{own.__qualname__}"
 
 
 def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:

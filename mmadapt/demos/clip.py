@@ -105,8 +105,9 @@ def _keep(
     pixels = few_shot.pixels(clip, views.images)
     labels = torch.from_numpy(views.labels)
 
-    def loss(model: Any, batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = classifier(model.encode_image(batch))
+    def loss(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        images, targets = batch
+        logits = classifier(model.encode_image(images))
         return torch.nn.functional.cross_entropy(logits, targets)
 
     attachment = mm.attach(clip, ADAPTER, name="handwriting", at=AT, seed=seed, replace=True)

@@ -1,209 +1,276 @@
-"""A small training loop for what requires a gradient, and the flags a plain loop needs."""
+"""A small training loop for what requires a gradient."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from types import TracebackType
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import unwrap_model
-from mmadapt.errors import AttachError, CheckError, DataError
-from mmadapt.train.progress import Progress, curve_svg
+from mmadapt.errors import AttachError, DataError
+from mmadapt.train.checkpoint import Checkpoint
+from mmadapt.train.evaluation import Evaluation, Watch
+from mmadapt.train.flags import train_mode
+from mmadapt.train.history import History
+from mmadapt.train.interrupt import Interruption
+from mmadapt.train.log import Log, logger
+from mmadapt.train.losses import model_loss
+from mmadapt.train.optimiser import Optimiser
+from mmadapt.train.progress import Progress, in_notebook
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
-
-@dataclass
-class History:
-    """What a training run did: the loss of every step, its seconds, and whether it was interrupted."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    steps: int = 0
-    parameters: int = 0
-    interrupted: bool = False
-
-    def __repr__(self) -> str:
-        if not self.losses:
-            return "History(no step was made)"
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
-        state = f"interrupted after {len(self.losses)} of" if self.interrupted else "finished"
-        return (
-            f"History({state} {self.steps} steps, {self.parameters:,} parameters, loss "
-            f"{self.losses[0]:.4g} → {sum(tail) / len(tail):.4g}, {self.seconds:.1f} s)"
-        )
-
-    def _repr_html_(self) -> str:
-        return f"{curve_svg(self.losses)}<code>{self!r}</code>"
+    from mmadapt.train.run import Run
+    from mmadapt.train.step import Learner
 
 
 def fit(
     m: Any,
     data: Any,
     *,
-    loss: Callable[..., Tensor],
+    loss: Callable[[Any, Any], Tensor] = model_loss,
     steps: int = 300,
-    lr: float = 1e-3,
     batch_size: int = 32,
-    weight_decay: float = 0.01,
-    warmup: float = 0.1,
+    lr: float | None = None,
+    optimiser: Optimiser | torch.optim.Optimizer | None = None,
+    accumulate: int = 1,
+    autocast: torch.dtype | None = None,
+    evaluation: Evaluation | Callable[[Any], Any] | None = None,
+    checkpoint: Checkpoint | str | Path | None = None,
+    log: Any = None,
     seed: int = 0,
     progress: bool = True,
     label: str = "fit",
 ) -> History:
     """Train whatever of `m` requires a gradient: the active adapters, or a whole model.
 
-    `data` is a tensor or a tuple of tensors with one first dimension, from which batches of `batch_size` rows
-    are drawn epoch by epoch (shuffled by a private generator), or an iterable of batches, which is
-    run through again and again. `loss(model, *batch)` returns a scalar; a batch that is a
-    dictionary is passed as one argument. AdamW; the rate rises over the first `warmup` share of
-    steps and falls to a hundredth along a cosine; gradients are clipped to norm 1.
+    `data` is a tensor, a tuple or a dictionary of tensors with one first dimension, from which
+    batches of `batch_size` rows are drawn epoch by epoch (shuffled by a private generator of
+    `seed`); or an iterable of batches such as a DataLoader, run through again and again; or a
+    function without arguments that returns such an iterable. `loss(model, batch)` returns a scalar;
+    `batch` is what the data yields (a tuple for a tuple of tensors), on the model's device. Without
+    `loss` it is `model(**batch).loss`.
+
+    A step averages the gradients of `accumulate` batches. AdamW with the peak rate `lr` (1e-3), a
+    warm-up and a cosine, gradients clipped to norm 1, unless an `Optimiser` says otherwise.
+    `autocast` is the precision of the forward pass, such as `torch.bfloat16`. `evaluation` looks at
+    the model now and then, and can stop early. `checkpoint` is a file the run can be resumed from.
+    `log` is a CSV file's path, a TensorBoard writer, or a function of (step, numbers by name).
 
     The backbone is in eval mode and the active adapters in train mode meanwhile; all flags are as
-    before afterwards. Interrupting the cell keeps what was learned and returns the history so far.
-    Raises `CheckError` at a loss that is not finite, before that step changes anything.
+    before afterwards. The first Ctrl-C ends the run after the present batch, keeps what was learned
+    and returns the history so far; the second raises. Raises `CheckError` at a loss, gradient or
+    update that is not finite, with the last good values in place.
+
+    Under `accelerate launch` or torchrun all processes train together: rows of tensors are shared
+    out, batches of an iterable are taken in turns. See docs/clusters.md.
     """
     import torch
 
+    from mmadapt.train.batches import batches
+    from mmadapt.train.processes import Processes, reshard
+    from mmadapt.train.run import Run
+    from mmadapt.train.step import Learner
+
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("accumulate", accumulate)):
+        if not isinstance(value, int) or value < 1:
+            raise DataError(f"{name} is {value!r}, expected a whole number of at least 1")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise DataError(f"autocast is {autocast!r}, expected torch.bfloat16, torch.float16 or None")
     model = unwrap_model(m)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
+    reshard(model)
+    _trained(model)
+    recipe = optimiser if isinstance(optimiser, Optimiser) else Optimiser(build=optimiser)
+    processes = Processes()
+    source = batches(data, batch_size, seed, processes)
+    made = processes.place(model, lambda: recipe.make(_trained(model), lr))
+    trained = _trained(model)
+    learner = Learner(
+        model,
+        processes.together(model, loss),
+        trained,
+        made,
+        processes,
+        autocast or processes.autocast(model),
+        recipe.clip,
+        accumulate,
+    )
+    history = History(steps=steps, parameters=sum(t.numel() for t in trained.values()))
+    with (
+        train_mode(m),
+        Progress(label, steps, progress and processes.main) as shown,
+        Interruption(shown.show and not in_notebook()) as interruption,
+        torch.enable_grad(),
+    ):
+        run = Run(
+            model,
+            made,
+            learner.scaler,
+            source,
+            _watch(evaluation, trained, processes),
+            processes,
+            _checkpoint(checkpoint),
+            history,
+        )
+        loop = _Loop(run, learner, recipe, interruption, shown)
+        try:
+            loop.go(log)
+        except KeyboardInterrupt:
+            if interruption.asked:  # the second one
+                raise
+            history.interrupted = True
+        finally:
+            learner.forget()
+            run.back()
+        reshard(model)
+        run.clock()
+        loop.save()
+        if run.watch is not None:
+            run.watch.bring_back()
+    return history
+
+
+class _Loop:
+    """The loop itself, and what it says on the way."""
+
+    def __init__(
+        self,
+        run: Run,
+        learner: Learner,
+        recipe: Optimiser,
+        interruption: Interruption,
+        shown: Progress,
+    ) -> None:
+        self.run = run
+        self.learner = learner
+        self.recipe = recipe
+        self.interruption = interruption
+        self.shown = shown
+        self.history = run.history
+        self.said: set[str] = set()
+
+    def go(self, log: Any) -> None:
+        """Make steps until all are made, patience ends or an interruption is asked for."""
+        run, history = self.run, self.history
+        note = run.resume()
+        if note:
+            history.notes.append(note)
+            self.shown.note(note)
+        write = logger(log if run.processes.main else None, len(history.losses))
+        run.mark()
+        while len(history.losses) < history.steps and not history.stopped:
+            step = len(history.losses)
+            rate = self.recipe.set_rates(self.learner.optimiser, step, history.steps)
+            if not self.step(step, rate):
+                history.interrupted = True
+                return
+            numbers = {"loss": history.losses[-1], "rate": rate, "norm": history.norms[-1]}
+            run.mark()
+            numbers.update(self.look())
+            self.log(write, numbers)
+            if run.checkpoint is not None and (step + 1) % run.checkpoint.every == 0:
+                self.save()
+            if self.asked() and not history.stopped and step + 1 < history.steps:
+                history.interrupted = True
+                return
+
+    def step(self, step: int, rate: float) -> bool:
+        """Make one step; False where an interruption cut it short and nothing was changed."""
+        run, learner, losses = self.run, self.learner, []
+        for part in range(learner.accumulate):
+            try:
+                batch = run.source.next()
+            except RuntimeError:
+                if self.interruption.asked:  # Ctrl-C ended the workers of a DataLoader too
+                    return False
+                raise
+            try:
+                losses.append(learner.learn(batch, step))
+                norm = learner.update(step) if part + 1 == learner.accumulate else 0.0
+            except (RuntimeError, MemoryError) as error:
+                self.explain(error, batch.value, step)
+                raise
+            if part + 1 < learner.accumulate and self.asked():
+                return False
+        history = self.history
+        history.losses.append(sum(losses) / len(losses))
+        history.rates.append(rate)
+        history.norms.append(norm)
+        self.shown.update(step + 1, self.text(), history.losses)
+        return True
+
+    def asked(self) -> bool:
+        return self.run.processes.any(self.interruption.asked)
+
+    def text(self) -> str:
+        """The live line: the loss, and what was evaluated last."""
+        parts = [f"loss {self.history.losses[-1]:.4g}"]
+        if self.history.evaluations:
+            parts += [f"{name} {v:.4g}" for name, v in self.history.evaluations[-1][1].items()]
+        return ", ".join(parts)
+
+    def explain(self, error: BaseException, batch: Any, step: int) -> None:
+        """Say what to do where memory ran out."""
+        from mmadapt.train.memory import out_of_memory, ran_out
+
+        if ran_out(error):
+            learner = self.learner
+            raise out_of_memory(
+                error, learner.model, batch, step, learner.accumulate, learner.autocast
+            ) from error
+
+    def look(self) -> dict[str, float]:
+        """Evaluate where it is time to; says when patience ends."""
+        watch, history = self.run.watch, self.history
+        made = len(history.losses)
+        if watch is None or (made % watch.evaluation.every and made < history.steps):
+            return {}
+        values = watch.look(self.run.model, history)
+        history.stopped = watch.done and made < history.steps
+        self.shown.update(made, self.text(), history.losses)
+        return values
+
+    def log(self, write: Log, numbers: dict[str, float]) -> None:
+        try:
+            write(len(self.history.losses), numbers)
+        except OSError as error:
+            self.once("log", f"the log could not be written: {error}; training continues")
+
+    def save(self) -> None:
+        """Write the checkpoint; a full disk is said once and ends nothing."""
+        why = self.run.save()
+        if why:
+            self.once("checkpoint", why)
+
+    def once(self, subject: str, text: str) -> None:
+        if subject not in self.said:
+            self.said.add(subject)
+            self.history.notes.append(text)
+            warnings.warn(text, stacklevel=5)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not found:
         raise AttachError(
             "nothing to train: no parameter requires a gradient",
             "attach an adapter with trained tensors, or make one active with set_active",
         )
-    if not isinstance(steps, int) or steps < 1:
-        raise DataError(f"steps is {steps!r}, expected a whole number of at least 1")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise DataError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
-    batches = _batches(data, batch_size, seed)
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    history = History(steps=steps, parameters=sum(parameter.numel() for parameter in parameters))
-    started = time.perf_counter()
-    try:
-        with train_mode(m), Progress(label, steps, progress) as shown, torch.enable_grad():
-            for step, batch in zip(range(steps), batches, strict=False):
-                for group in optimiser.param_groups:
-                    group["lr"] = lr * _schedule(step, steps, warmup)
-                value = loss(model, *batch)
-                _check_loss(value, step)
-                optimiser.zero_grad(set_to_none=True)
-                value.backward()
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-                if not math.isfinite(norm):
-                    raise CheckError(
-                        f"the gradient's norm is {norm} at step {step}; nothing was changed by this step",
-                        "look for a division by zero, or a root or logarithm at zero, in the loss",
-                    )
-                optimiser.step()
-                history.losses.append(float(value.detach()))
-                shown.update(step + 1, f"loss {history.losses[-1]:.4g}", history.losses)
-    except KeyboardInterrupt:
-        history.interrupted = True
-    finally:
-        optimiser.zero_grad(set_to_none=True)
-    history.seconds = time.perf_counter() - started
-    return history
+    return found
 
 
-def _schedule(step: int, steps: int, warmup: float) -> float:
-    rise = max(1.0, warmup * steps)
-    return min(1.0, (step + 1) / rise) * (
-        0.5 * (1 + math.cos(math.pi * step / steps)) * 0.99 + 0.01
-    )
-
-
-def _check_loss(value: Any, step: int) -> None:
-    from torch import Tensor
-
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise DataError(f"loss returned {type(value).__name__}, expected a tensor with one number")
-    if not value.requires_grad:
-        raise CheckError(
-            "the loss does not depend on anything that trains",
-            "mmadapt.check(model, batch) tells which sites fire",
-        )
-    if not math.isfinite(float(value.detach())):
-        raise CheckError(
-            f"the loss is {float(value.detach())} at step {step}; nothing was changed by this step",
-            "lower lr, or look at the data",
-        )
-
-
-def _batches(data: Any, batch_size: int, seed: int) -> Iterator[tuple]:
-    from torch import Tensor
-
-    if isinstance(data, Tensor):
-        data = (data,)
-    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
-        sizes = {part.shape[0] for part in data}
-        if len(sizes) != 1 or 0 in sizes:
-            raise DataError(f"data tensors have {sorted(sizes)} rows, expected one number above 0")
-        return _drawn(tuple(data), batch_size, seed)
-    if not isinstance(data, Iterable):
-        raise DataError(
-            f"data is a {type(data).__name__}, expected tensors or an iterable of batches"
-        )
-    return _cycled(data)
-
-
-def _drawn(data: tuple[Tensor, ...], batch_size: int, seed: int) -> Iterator[tuple]:
-    import torch
-
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    rows = data[0].shape[0]
-    size = min(batch_size, rows)
-    while True:
-        order = torch.randperm(rows, generator=generator, device="cpu")
-        for start in range(0, rows - size + 1, size):
-            chosen = order[start : start + size]
-            yield tuple(part[chosen.to(part.device)] for part in data)
-
-
-def _cycled(data: Iterable[Any]) -> Iterator[tuple]:
-    while True:
-        empty = True
-        for batch in data:
-            empty = False
-            yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        if empty:
-            raise DataError(
-                "data ran out of batches",
-                "pass a list or a DataLoader, which start over, or fewer steps",
-            )
-
-
-class train_mode:
-    """The right flags for a plain loop: backbone in eval mode, active adapters in train mode.
-
-    Acts when called; as a context manager it gives the flags back. A model without attachments is
-    put into train mode whole.
-    """
-
-    def __init__(self, m: Any) -> None:
-        from mmadapt.core.bank import bank_of
-
-        model = unwrap_model(m)
-        self._before = [(module, module.training) for module in model.modules()]
-        bank = bank_of(model)
-        if bank is None:
-            model.train()
-            return
-        model.eval()
-        bank.train_only(bank.active.names)
-
-    def __enter__(self) -> None:
+def _watch(evaluation: Any, trained: dict[str, Tensor], processes: Any) -> Watch | None:
+    if evaluation is None:
         return None
+    if not isinstance(evaluation, Evaluation):
+        evaluation = Evaluation(evaluation)
+    return Watch(evaluation, trained, processes)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for module, training in self._before:
-            module.training = training
+
+def _checkpoint(checkpoint: Any) -> Checkpoint | None:
+    if checkpoint is None or isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return Checkpoint(checkpoint)

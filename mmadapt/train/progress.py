@@ -33,6 +33,7 @@ class Progress:
         self.done = 0
         self._text = ""
         self._curve: Sequence[float] = ()
+        self._notes: list[str] = []
         self._last = 0.0
         self._handle: Any = None
         self._bar: Any = None
@@ -49,9 +50,17 @@ class Progress:
         self._text, self._curve = text, curve
         if self._bar is not None:
             self._bar.update(done - self.done)
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(text, refresh=self.done == 0)  # the first at once
         self.done = done
         if self.show and self._bar is None and time.monotonic() - self._last > 0.25:
+            self._draw(final=False)
+
+    def note(self, text: str) -> None:
+        """Say something once, beside the steps."""
+        self._notes.append(text)
+        if self._bar is not None:
+            self._bar.write(f"{self.label}: {text}", file=sys.stderr)
+        elif self.show and self._handle is not None:
             self._draw(final=False)
 
     def __exit__(
@@ -70,6 +79,7 @@ class Progress:
 
         self._last = time.monotonic()
         text = f"{self.label}: {self.done}/{self.total}  {self._text}".rstrip()
+        text = "\n".join([text, *self._notes])
         bar = (
             ""
             if final
@@ -78,7 +88,8 @@ class Progress:
         )
         bundle = {
             "text/plain": text,
-            "text/html": f"{curve_svg(self._curve)}{bar}<code>{html.escape(text)}</code>",
+            "text/html": f"{curve_svg(self._curve)}{bar}<code style='white-space:pre-wrap'>"
+            f"{html.escape(text)}</code>",
         }
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)

@@ -193,7 +193,8 @@ def _fit_features(
     )
 
 
-def _cross_entropy(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
     return F.cross_entropy(model(inputs), labels.to(inputs.device))
 
 
@@ -201,8 +202,9 @@ def clip_adapter(problem: Problem) -> Outcome:
     """CLIP-Adapter on cached embeddings; the ratio is chosen on validation images."""
     started, backbone, best = time.perf_counter(), problem.backbone, None
 
-    def loss(model: Any, frozen: Tensor, labels: Tensor) -> Tensor:
-        return _cross_entropy(problem.classifier, adapted(backbone, frozen), labels)
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        frozen, labels = batch
+        return _cross_entropy(problem.classifier, (adapted(backbone, frozen), labels))
 
     for ratio in (0.2, 0.4, 0.6, 0.8):
         attachment = attach(
@@ -258,8 +260,9 @@ def in_tower(adapter: Adapter, at: Any, lr: float, name: str) -> Callable[[Probl
 
 
 def _fit_pixels(problem: Problem, backbone: Backbone, lr: float, label: str):
-    def loss(model: Any, batch: Tensor, labels: Tensor) -> Tensor:
-        return _cross_entropy(problem.classifier, embed_pixels(backbone, batch), labels)
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        views, labels = batch
+        return _cross_entropy(problem.classifier, (embed_pixels(backbone, views), labels))
 
     return fit(
         backbone,
