@@ -115,6 +115,7 @@ def test_a_frozen_batch_norm_in_train_mode_stops_the_pass_and_keeps_its_statisti
         model(images)
     assert_same_values(before, values(model))
     with mm.train_mode(model):
+        model.train()  # as transformers' Trainer does before each step
         model(images).sum().backward()
     model.eval()
     model(images)

@@ -131,7 +131,7 @@ def test_keys_that_transformers_renames_on_saving_come_back(tmp_path: Path) -> N
 def test_train_mode_holds_the_backbone_in_eval_mode_against_the_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model, _ = adapted()
-    before = flags(model)
+    before, hooks = flags(model), list(model._forward_pre_hooks)
     modes = Modes(model)
     with mm.train_mode(model):
         own = trainer(model, tmp_path, 2)
@@ -142,7 +142,7 @@ def test_train_mode_holds_the_backbone_in_eval_mode_against_the_trainer(tmp_path
         assert modes.seen and not any(modes.seen)  # evaluation turns the adapter's dropout off
     modes.handle.remove()
     assert flags(model) == before
-    assert not model._forward_pre_hooks
+    assert list(model._forward_pre_hooks) == hooks
     bare = Modes(model)
     trainer(model, tmp_path, 1).train()
     assert "classifier" in bare.seen[0]  # without it, the Trainer puts everything into train mode

@@ -150,20 +150,20 @@ class Bank(nn.Module):
         module = site.module
         if site.port == "in":
             hook = InHook(site, self.forwards)
-            self.handles[site.name] = [_first_before(module, hook)]
+            self.handles[site.name] = [first_before(module, hook)]
             return hook
         hook = OutHook(site, self.forwards)
         if site.span.block[1] > 1:
             self._share_hook(site).sites.append(hook)
             return hook
-        self.handles[site.name] = [_first_after(module, hook)]
+        self.handles[site.name] = [first_after(module, hook)]
         return hook
 
     def _share_hook(self, site: SiteView) -> ShareHook:
         key = f"share {site.span.module}"
         if key not in self.groups:
             hook = self.groups[key] = ShareHook(self.forwards)
-            self.handles[key] = [_first_after(site.module, hook)]
+            self.handles[key] = [first_after(site.module, hook)]
         return self.groups[key]  # type: ignore[return-value]
 
     def _weight_hook(self, site: SiteView) -> WeightHook:
@@ -172,7 +172,7 @@ class Bank(nn.Module):
             assert site.holder is not None
             hook = self.groups[key] = WeightHook(site.holder, site.parameter, self.forwards)
             self.handles[key] = [
-                _first_before(site.module, hook),
+                first_before(site.module, hook),
                 site.module.register_forward_hook(WeightRestore(hook), always_call=True),
             ]
         return self.groups[key]  # type: ignore[return-value]
@@ -190,7 +190,7 @@ class Bank(nn.Module):
             module = self._root.get_submodule(path)
             self.begins.append(begin)
             self.handles[f"begin {path}"] = [
-                _first_before(module, begin),
+                first_before(module, begin),
                 module.register_forward_hook(End(begin), always_call=True),
             ]
 
@@ -415,13 +415,15 @@ def reset_compiled_code() -> None:
         torch._dynamo.reset()
 
 
-def _first_before(module: nn.Module, hook: Any) -> RemovableHandle:
+def first_before(module: nn.Module, hook: Any) -> RemovableHandle:
+    """A forward pre-hook (module, args, kwargs) in front of those there are."""
     handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
     _reorder(module._forward_pre_hooks)
     return handle
 
 
-def _first_after(module: nn.Module, hook: Any) -> RemovableHandle:
+def first_after(module: nn.Module, hook: Any) -> RemovableHandle:
+    """A forward hook (module, args, kwargs, output) in front of those there are."""
     handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
     _reorder(module._forward_hooks)
     return handle

@@ -38,15 +38,15 @@ class train_mode:
         self._model.eval()
         bank.train_only(bank.active.names)
 
-    def _hold(self, module: nn.Module, args: tuple) -> None:
+    def _hold(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:  # only model.train() puts an adapted root into train mode
             self._set()
 
     def __enter__(self) -> None:
-        from mmadapt.core.bank import bank_of
+        from mmadapt.core.bank import bank_of, first_before
 
         if bank_of(self._model) is not None:
-            self._handle = self._model.register_forward_pre_hook(self._hold)
+            self._handle = first_before(self._model, self._hold)
 
     def __exit__(
         self,
