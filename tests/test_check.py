@@ -168,3 +168,10 @@ def test_layers_that_read_taps_are_checked_like_others() -> None:
         if len(before[name]) != len(hooks)
     }
     assert left == {"._forward_hooks": 1}  # the first forward's own check
+
+
+def test_it_works_inside_inference_mode() -> None:
+    backbone = small()
+    mm.attach(backbone, mm.Bottleneck(2), at="layers[*].mlp")
+    with torch.inference_mode():
+        assert len(mm.check(backbone, hidden())) == 3

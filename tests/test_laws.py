@@ -43,6 +43,7 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "parallel": mm.Bottleneck(4, placement="parallel", activation="relu", scale=0.5),
         "houlsby": mm.Bottleneck.houlsby(4),
         "pfeiffer": mm.Bottleneck.pfeiffer(4),
+        "beside": mm.Bottleneck.parallel(4),
         "adaptformer": mm.Bottleneck.adaptformer(4),
         "adapterplus": mm.Bottleneck.adapterplus(4, scale=30.0),  # else too near the identity
         "norm-after": mm.Bottleneck(4, norm="after", scale_kind="learned"),

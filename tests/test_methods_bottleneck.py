@@ -90,7 +90,9 @@ def test_dropout_acts_on_the_bottleneck_and_only_in_training() -> None:
 def test_beside_a_half_backbone_parameters_stay_wide_and_outputs_half(dtype: torch.dtype) -> None:
     linear = nn.Linear(WIDTH, WIDTH).to(dtype)
     anatomy = mm.Anatomy(
-        family="one", spans={"mlp": mm.Span("0", x="0|input", channels="0.weight")}
+        family="one",
+        spans={"mlp": mm.Span("0", x="0|input", channels="0.weight")},
+        taps={"residual": "0:in"},
     )
     for preset in ("houlsby", "parallel", "adaptformer", "adapterplus"):
         model = _Root(linear)

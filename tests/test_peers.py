@@ -72,6 +72,7 @@ def test_lora_equals_peft(stabilised: bool) -> None:
                 "output_adapters": "vision.layers[{}].mlp",
             },
         ),
+        ("par_bn", mm.Bottleneck.parallel(8), {"output_adapters": "vision.layers[{}].mlp"}),
     ],
 )
 def test_bottlenecks_equal_adapterhub(config: str, adapter: Any, places: dict[str, str]) -> None:

@@ -17,7 +17,8 @@ class Bottleneck(Adapter):
     """Down-projection, activation, up-projection and a residual connection (Houlsby et al. 2019).
 
     `sequential` reads the site's output y, `parallel` its input x (He et al. 2022):
-    y + norm_after(s·up(dropout(act(down(norm_before(z)))))) with z = y or x.
+    y + norm_after(s·up(dropout(act(down(norm_before(z)))))) with z = y or x. `residual` reads the
+    residual stream at the branch, r in r + branch(norm(r)): x before the backbone's norm.
 
     `norm` adds a LayerNorm of the adapter's own before the down-projection or after the scaling.
     `scale` is the number s; with `scale_kind` "learned" or "channel" it is where one trained number,
@@ -43,7 +44,7 @@ class Bottleneck(Adapter):
     )
 
     width: int | None = None
-    placement: Literal["sequential", "parallel"] = "sequential"
+    placement: Literal["sequential", "parallel", "residual"] = "sequential"
     activation: Activation = "gelu"
     scale: float = 1.0
     scale_kind: Literal["fixed", "learned", "channel"] = "fixed"
@@ -68,7 +69,7 @@ class Bottleneck(Adapter):
         else:
             positive(self, "width")
         number(self, "drop_path", low=0.0, high=0.999)
-        one_of(self, "placement", ("sequential", "parallel"))
+        one_of(self, "placement", ("sequential", "parallel", "residual"))
         one_of(self, "activation", ACTIVATIONS)
         number(self, "scale", low=-1e6, high=1e6)
         one_of(self, "scale_kind", ("fixed", "learned", "channel"))
@@ -109,9 +110,9 @@ class Bottleneck(Adapter):
 
     @classmethod
     def parallel(cls, width: int | None = None, **changes: Any) -> Bottleneck:
-        """One beside each MLP, reading the MLP's input, 512 wide, scale 4 (arXiv:2110.04366)."""
+        """One beside each MLP, reading the residual stream, 512 wide, scale 4 (arXiv:2110.04366)."""
         options: dict[str, Any] = {
-            "placement": "parallel",
+            "placement": "residual",
             "activation": "relu",
             "scale": 4.0,
             "at": ("*.layers[*].mlp",),
@@ -120,13 +121,11 @@ class Bottleneck(Adapter):
 
     @classmethod
     def adaptformer(cls, width: int | None = None, **changes: Any) -> Bottleneck:
-        """One beside each MLP with an input LayerNorm, 64 wide, scale 0.1 (arXiv:2205.13535).
-
-        In pre-norm backbones the MLP's input is normalised already; `norm="none"` then reads the
-        paper's equation with the backbone's own norm.
+        """One beside each MLP, 64 wide, scale 0.1, reading the residual stream through a LayerNorm of
+        its own (arXiv:2205.13535).
         """
         options: dict[str, Any] = {
-            "placement": "parallel",
+            "placement": "residual",
             "activation": "relu",
             "scale": 0.1,
             "norm": "before",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import numbers
+from typing import Any, Literal
 
 from mmadapt.adapter.base import Adapter
 from mmadapt.errors import AdapterError, did_you_mean
@@ -23,7 +24,9 @@ def positive(adapter: Adapter, *names: str) -> None:
     """Refuse fields that are no whole number of at least 1."""
     for name in names:
         value = getattr(adapter, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1:
+            object.__setattr__(adapter, name, int(value))  # numpy's, too, as plain JSON
+        else:
             raise AdapterError(
                 f"{type(adapter).__name__}: {name} is {value!r}, expected a whole number of at least 1"
             )
@@ -52,9 +55,11 @@ def flag(adapter: Adapter, *names: str) -> None:
 def number(adapter: Adapter, *names: str, low: float = float("-inf"), high: float = float("inf")):
     """Refuse fields that are no number in [low, high]; NaN is none."""
     for name in names:
-        value = getattr(adapter, name)
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (real and low <= value <= high):  # a NaN fails both comparisons
+        value: Any = getattr(adapter, name)
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if real and low <= value <= high:  # a NaN fails both comparisons
+            object.__setattr__(adapter, name, value if isinstance(value, int) else float(value))
+        else:
             raise AdapterError(
                 f"{type(adapter).__name__}: {name} is {value!r}, expected a number in "
                 f"[{low:g}, {high:g}]"

@@ -39,8 +39,8 @@ def check(m: Any, batch: Any) -> Table:
     for hook in hooks:
         hook.fired = False
     tensors = [(key, name, p) for key, name, p in _adapter_tensors(bank)]
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        total = _total(_call(model, batch))
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        total = _total(_call(model, _outside_inference(batch)))
         silent = [hook.site.name for hook in hooks if not hook.fired]
         for hook in hooks:
             hook.fired = hook.fired or fired[hook.site.name]
@@ -88,6 +88,18 @@ def _adapter_tensors(bank: Any):
         for key, layer in bank.tensors_of(name):
             for tensor, parameter in layer.named_parameters():
                 yield key, tensor, parameter
+
+
+def _outside_inference(batch: Any) -> Any:
+    """`batch` with copies of the tensors that inference mode made, which no graph may hold."""
+    import torch
+    from torch.utils import _pytree
+
+    def plain(value: Any) -> Any:
+        inference = isinstance(value, torch.Tensor) and value.is_inference()
+        return value.clone() if inference else value
+
+    return _pytree.tree_map(plain, batch)
 
 
 def _call(model: Any, batch: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.anatomy import bias_name
 from mmadapt.core.attached import require_bank, require_name
+from mmadapt.core.compose import Sum
 from mmadapt.errors import MergeError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def unmerge(m: Any, name: str | None = None) -> None:
             f"attachment {name!r} is not merged", "mmadapt.merge(model, name) merges it"
         )
     take_out(bank, name)
-    bank.activate(type(bank.active)(name))
+    bank.activate(Sum(name))
 
 
 def take_out(bank: Bank, name: str) -> None:

@@ -6,7 +6,7 @@ He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning,
 Chen et al. 2022, AdaptFormer, arXiv:2205.13535
 Steitz and Roth 2024, Adapters Strike Back (Adapter+), arXiv:2406.06820
 
-    y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential) or x (parallel)
+    y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential), x (parallel) or the residual stream
 
 with a LayerNorm on z or on the change, and s a number, a trained number or one a channel. While
 training, a row's whole change is dropped with a probability (stochastic depth, Adapter+). U and
@@ -52,6 +52,8 @@ class BottleneckLayer(Layer):
     def __init__(self, adapter: Bottleneck, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
         self.parallel = adapter.placement == "parallel"
+        if adapter.placement == "residual":
+            self.taps = ("residual",)  # type: ignore[misc]
         if self.parallel and site.span.layout == "BD":
             raise AdapterError(
                 f"a parallel Bottleneck reads the input of {site.name}, which is not made of features",
@@ -88,7 +90,10 @@ class BottleneckLayer(Layer):
             nn.init.zeros_(self.norm_bias)
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
-        z = x if self.parallel else y
+        if self.taps:
+            z = context.read(site.taps["residual"])
+        else:
+            z = x if self.parallel else y
         if self.axis != -1:
             z = z.movedim(self.axis, -1)
         if self.norm == "before":
@@ -113,8 +118,8 @@ class BottleneckLayer(Layer):
 
     @property
     def rowwise(self) -> bool:
-        """Rows may choose among these layers where channels are the last axis and nothing is normed."""
-        return self.axis == -1 and self.norm == "none"
+        """Rows may choose where channels are the last axis, nothing is normed and no tap is read."""
+        return self.axis == -1 and self.norm == "none" and not self.taps
 
     def row_operands(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         t = tensors

@@ -3,9 +3,9 @@
     pip install torch==2.11.0 adapters==1.3.0
     python tests/peers/make_adapterhub.py
 
-Bottlenecks of two configurations with random non-zero weights in a tiny random CLIP vision tower:
-`seq_bn` (Pfeiffer: on the sum of residual and MLP) and `double_seq_bn` (Houlsby: on the outputs of
-attention and MLP, before they are added).
+Bottlenecks of three configurations with random non-zero weights in a tiny random CLIP vision tower:
+`seq_bn` (Pfeiffer: on the sum of residual and MLP), `double_seq_bn` (Houlsby: on the outputs of
+attention and MLP, before they are added) and `par_bn` (He: on the residual stream beside the MLP).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import adapters
 import torch
 import transformers
-from adapters import DoubleSeqBnConfig, SeqBnConfig
+from adapters import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -38,6 +38,7 @@ def main() -> None:
     for name, config in {
         "seq_bn": SeqBnConfig(reduction_factor=4),
         "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4),
+        "par_bn": ParBnConfig(reduction_factor=4),
     }.items():
         model = copy.deepcopy(backbone)
         adapters.init(model)
