@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.attachment import Attachment
-    from mmadapt.core.site import SiteView
+    from mmadapt.core.site import SiteView, Span
 
 SCHEMA = 1
 MANIFEST = "adapter.json"
@@ -64,7 +64,7 @@ def save(
             {**adapter.to_json(), "sites": list(sites)}
             for adapter, sites in zip(record.adapters, record.sites, strict=True)
         ],
-        "backbone": _backbone_card(model, bank.anatomy, bank.entry),
+        "backbone": _backbone_card(model, bank.anatomy, bank.entry, bank.anatomy.roles(model)),
         "tensors": {key: shape_of(value) for key, value in sorted(tensors.items())},
         "versions": _versions(),
         "licence": licence or record.metadata.get("licence"),
@@ -117,10 +117,11 @@ def load_adapter(
     folder = Path(path).expanduser()
     manifest, tensors = read(folder)
     model, anatomy, entry = unwrap(m)
-    _check_backbone(folder, manifest["backbone"], model, anatomy)
+    spans = anatomy.roles(model)
+    _check_backbone(folder, manifest["backbone"], model, anatomy, spans)
     adapters, sites = [], []
     for index, data in enumerate(manifest["adapters"]):
-        adapter, chosen = _rebuild(folder, data, model, anatomy)
+        adapter, chosen = _rebuild(folder, data, model, anatomy, spans)
         adapters.append(adapter)
         sites.append(chosen)
         for saved, site in zip(data["sites"], chosen, strict=True):
@@ -216,7 +217,7 @@ def _parse(folder: Path, text: str) -> dict[str, Any]:
 
 
 def _rebuild(
-    folder: Path, data: Any, model: nn.Module, anatomy: Anatomy
+    folder: Path, data: Any, model: nn.Module, anatomy: Anatomy, spans: dict[str, Span]
 ) -> tuple[Any, list[SiteView]]:
     """One adapter of a manifest and its sites in this backbone."""
     from mmadapt.adapter import from_json
@@ -231,7 +232,6 @@ def _rebuild(
             f"{folder / MANIFEST}: {getattr(error, 'message', error)}",
             getattr(error, "hint", "") or "install the package that defines the method",
         ) from None
-    spans = anatomy.roles(model)
     chosen = []
     for site in data["sites"]:
         role, _, port = str(site).rpartition(":")
@@ -253,7 +253,9 @@ def _rename(tensors: dict[str, Tensor], before: str, after: str) -> None:
         tensors[after + key.removeprefix(before)] = tensors.pop(key)
 
 
-def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, Any]:
+def _backbone_card(
+    model: nn.Module, anatomy: Anatomy, entry: Any, spans: dict[str, Span]
+) -> dict[str, Any]:
     return {
         "zoo": getattr(entry, "name", None),
         "revision": getattr(entry, "revision", None),
@@ -261,14 +263,14 @@ def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, 
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "family": anatomy.family,
         "facts": anatomy.facts(model) if anatomy.facts else {},
-        "widths": _widths(model, anatomy),
+        "widths": _widths(model, anatomy, spans),
     }
 
 
-def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
+def _widths(model: nn.Module, anatomy: Anatomy, spans: dict[str, Span]) -> dict[str, list[int]]:
     """[inputs, outputs] of the first site of each kind: alike sites are alike in every layer."""
     found: dict[str, list[int]] = {}
-    for role, span in anatomy.roles(model).items():
+    for role, span in spans.items():
         kind = re.sub(r"\[\d+\]", "[*]", role)
         if kind not in found:
             view = anatomy.view(model, role, span.ports[0], span)
@@ -276,7 +278,9 @@ def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
     return found
 
 
-def _check_backbone(folder: Path, card: dict[str, Any], model: nn.Module, anatomy: Anatomy) -> None:
+def _check_backbone(
+    folder: Path, card: dict[str, Any], model: nn.Module, anatomy: Anatomy, spans: dict[str, Span]
+) -> None:
     """Refuse a backbone that differs in family, facts or widths; the class may differ."""
     made_for = card.get("zoo") or card.get("class")
     if card.get("family") != anatomy.family:
@@ -284,7 +288,7 @@ def _check_backbone(folder: Path, card: dict[str, Any], model: nn.Module, anatom
             f"{folder} was made for {made_for} (family {card.get('family')!r}); this is a "
             f"{type(model).__name__} (family {anatomy.family!r})"
         )
-    here = _backbone_card(model, anatomy, None)
+    here = _backbone_card(model, anatomy, None, spans)
     for part in ("facts", "widths"):
         there = card.get(part)
         if not isinstance(there, dict):
