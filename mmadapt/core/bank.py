@@ -297,7 +297,8 @@ class Bank(nn.Module):
         """Let the parameters of one attachment train, or not; what never trains is a buffer."""
         for handle in self.late.pop(name, []):
             handle.remove()
-        parameters = list(self._box(name).parameters())
+        layers: Any = self._box(name)._modules.values()  # flat ones: their own tables hold it all
+        parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
         if not active and (self.forwards.graded or "torch._dynamo" in sys.modules):
             self.late[name] = [
                 p.register_hook(LateGradient(p)) for p in parameters if p.requires_grad
