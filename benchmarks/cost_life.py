@@ -128,7 +128,10 @@ def _of_peft(bench: Bench, times: int, folder: Path) -> list[dict[str, Any]]:
 def _of_adapterhub(bench: Bench, times: int, folder: Path) -> list[dict[str, Any]]:
     from adapters import LoRAConfig, SeqBnConfig
 
-    lora, bottleneck = LoRAConfig(r=RANK, alpha=RANK), SeqBnConfig(bench.shape.reduction)
+    lora, bottleneck = (
+        LoRAConfig(r=RANK, alpha=RANK),
+        SeqBnConfig(reduction_factor=bench.shape.reduction),
+    )
     return [
         *_acts_of_adapterhub(bench, times, folder / "lora", "LoRA", lora),
         *_acts_of_adapterhub(bench, times, folder / "bottleneck", "bottleneck", bottleneck),

@@ -70,7 +70,7 @@ def importing(modules: list[str]) -> dict[str, Any]:
     """CPU milliseconds to import these, in this process, and how many modules that loads."""
     before, start = len(sys.modules), time.process_time()
     for module in modules:
-        if module == "mmadapt.attach":  # the first verb brings torch
+        if module == "mmadapt.attach":  # the facade finds its verbs on first use
             import mmadapt
 
             mmadapt.attach  # noqa: B018
