@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
 
 import mmadapt as mm
 
@@ -33,6 +32,8 @@ CASES: dict[str, Any] = {
 
 def train(adapter: Any, at: str, cached: bool) -> tuple[list[float], list[float]]:
     """Losses of every step and CPU seconds of every epoch."""
+    from transformers import ViTConfig, ViTForImageClassification
+
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(num_labels=CLASSES)).eval()
     mm.attach(model, adapter, at=at, seed=1)

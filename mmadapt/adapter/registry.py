@@ -48,7 +48,7 @@ def from_json(data: dict[str, Any]) -> Adapter:
     """Rebuild an adapter from `Adapter.to_json`; unknown methods and fields are refused by name."""
     fields = dict(data)
     method = fields.pop("method", None)
-    known = adapters()
+    known = _REGISTRY if method in _REGISTRY else adapters()  # plug-ins are looked for on disk
     if not isinstance(method, str) or method not in known:
         raise AdapterError(f"unknown adapter method {method!r}", did_you_mean(str(method), known))
     cls = known[method]

@@ -24,7 +24,8 @@ def positive(adapter: Adapter, *names: str) -> None:
     """Refuse fields that are no whole number of at least 1."""
     for name in names:
         value = getattr(adapter, name)
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if whole and int(value) >= 1:
             object.__setattr__(adapter, name, int(value))  # numpy's, too, as plain JSON
         else:
             raise AdapterError(
@@ -57,7 +58,7 @@ def number(adapter: Adapter, *names: str, low: float = float("-inf"), high: floa
     for name in names:
         value: Any = getattr(adapter, name)
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if real and low <= value <= high:  # a NaN fails both comparisons
+        if real and low <= float(value) <= high:  # a NaN fails both comparisons
             object.__setattr__(adapter, name, value if isinstance(value, int) else float(value))
         else:
             raise AdapterError(

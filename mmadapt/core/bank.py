@@ -67,6 +67,8 @@ class Bank(nn.Module):
         self.begins: list[Begin] = []
         self.handles: dict[str, list[Any]] = {}
         self.late: dict[str, list[Any]] = {}
+        #: for rows that choose: the layers of several attachments at a site, by site and names
+        self.stacks: dict[tuple[str, ...], Any] = {}
         # what detach gives back
         self.trainable = {name: p.requires_grad for name, p in backbone_parameters(model)}
         self.training_flags = {name: module.training for name, module in model.named_modules()}
@@ -93,6 +95,7 @@ class Bank(nn.Module):
         box.train(self.training)
         self.layers._modules[name] = box
         self.records[name] = record
+        self.stacks.clear()
 
     def _box(self, name: str) -> nn.Module:
         box = self.layers._modules[name]
@@ -107,6 +110,7 @@ class Bank(nn.Module):
     def drop(self, name: str) -> None:
         """Forget the layers of one attachment."""
         self.late.pop(name, None)
+        self.stacks.clear()
         del self.layers._modules[name]
         del self.records[name]
 
@@ -274,16 +278,23 @@ class Bank(nn.Module):
         """Whether anything has a plan now: not within `disabled`, whatever is active."""
         return any(hook.plan for hook in self.hooks.values())
 
-    def activate(self, composition: Composition) -> None:
-        """Make `composition` the active one; only active tensors require a gradient."""
+    def activate(self, composition: Composition, plans: dict[str, Plan] | None = None) -> None:
+        """Make `composition` the active one; only active tensors require a gradient.
+
+        `plans` are those of the composition, unless others are given.
+        """
         self.validate(composition)
-        leaving = set(self.active.names) - set(composition.names)
-        for name in leaving & set(self.records):
-            self.require_grad(name, False)
+        for name in self.active.names:
+            if name not in composition.names and name in self.records:
+                self.require_grad(name, False)
         for name in composition.names:
-            self.require_grad(name, True)
+            if name not in self.active.names:
+                self.require_grad(name, True)
         self.active = composition
-        self.plans(composition)
+        if plans is None:
+            self.plans(composition)
+        else:
+            self.replace(plans)
 
     def validate(self, composition: Composition) -> None:
         """Refuse names that are not attached and sums that have no meaning."""
@@ -311,8 +322,9 @@ class Bank(nn.Module):
         """Let the parameters of one attachment train, or not; what never trains is a buffer."""
         for handle in self.late.pop(name, []):
             handle.remove()
-        parameters = list(self._box(name).parameters())
-        if not active and (self.forwards.graded or "torch._dynamo" in sys.modules):
+        layers: Any = self._box(name)._modules.values()  # flat ones: their own tables hold it all
+        parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
+        if not active and (self.forwards.graded or _compiled_code_exists()):
             self.late[name] = [
                 p.register_hook(LateGradient(p)) for p in parameters if p.requires_grad
             ]
@@ -320,7 +332,11 @@ class Bank(nn.Module):
             parameter.requires_grad_(active)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "late": {}}  # a copy has no forward pass whose backward is to come
+        return {
+            **self.__dict__,
+            "late": {},
+            "stacks": {},
+        }  # a copy has no forward pass whose backward is to come
 
     # -- the backbone it sits in ------------------------------------------------------------
 
@@ -410,10 +426,21 @@ def seeded(name: str, seed: int | None) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(value)
 
 
+_was_reset = False
+
+
 def reset_compiled_code() -> None:
     """Compiled code does not see new hooks; drop it, where dynamo has been in use at all."""
+    global _was_reset
+    _was_reset = _compiled_code_exists()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+def _compiled_code_exists() -> bool:
+    """Whether a forward pass may have run in compiled code, which leaves no note in `Forwards`."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return _was_reset or getattr(frames, "FRAME_COUNTER", 0) > 0
 
 
 def first_before(module: nn.Module, hook: Any) -> RemovableHandle:

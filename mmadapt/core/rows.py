@@ -37,14 +37,11 @@ def chosen(bank: Bank, rows: list[str | None]) -> Iterator[None]:
     plans = {site: _row_plan(bank, hook, rows, names) for site, hook in bank.hooks.items()}
     before = bank.active
     acting = bank.acting
-    bank.activate(Sum(*names))
-    bank.replace({site: ((plan,),) if plan else () for site, plan in plans.items()})  # type: ignore[misc]
+    bank.activate(Sum(*names), {s: ((plan,),) if plan else () for s, plan in plans.items()})  # type: ignore[misc]
     try:
         yield
     finally:
-        bank.activate(before)
-        if not acting:
-            bank.plans(Sum())
+        bank.activate(before, None if acting else dict.fromkeys(bank.hooks, ()))
 
 
 def _row_plan(
@@ -54,25 +51,35 @@ def _row_plan(
     here = [name for name in names if site in bank.records[name].layers]
     if not here:
         return None
-    layers = [bank.records[name].layers[site] for name in here]
+    key = (site, *here)
+    if key not in bank.stacks:
+        bank.stacks[key] = _stacked(bank, hook, here)
+    return RowPlan(bank.stacks[key], [_place(here, name) for name in rows])
+
+
+def _stacked(bank: Bank, hook: SiteHook, names: list[str]) -> Stacked:
+    """The layers of these attachments at one site, if rows can choose among them."""
+    site = hook.site.name
+    layers = [bank.records[name].layers[site] for name in names]
     if hook.site.port != "out":
         raise AttachError(
             f"rows of one batch cannot differ at {site}: a call has one weight for all of them"
             if hook.site.port == "weight"
-            else f"rows of one batch cannot differ at the `in` port of {site}",
+            else f"rows of one batch cannot differ at the `{hook.site.port}` port of {site}",
             "use `out` sites, such as '*.layers[*].mlp', or split the batch by adapter",
         )
-    adapters = [_adapter_at(bank, name, site) for name in here]
+    adapters = [_adapter_at(bank, name, site) for name in names]
     if any(len(several) != 1 for several in layers) or any(a != adapters[0] for a in adapters):
         raise AttachError(
-            f"rows cannot choose between {', '.join(map(repr, here))} at {site}: their adapters differ",
+            f"rows cannot choose between {', '.join(map(repr, names))} at {site}: their adapters "
+            "differ",
             "choose among attachments with one adapter and equal hyper-parameters, or split the batch",
         )
     if not layers[0][0].rowwise or layers[0][0].shared is not None:
         raise AttachError(
             f"{type(layers[0][0]).__name__} at {site} cannot be chosen by row", "split the batch"
         )
-    return RowPlan([several[0] for several in layers], [_place(here, name) for name in rows])
+    return Stacked([several[0] for several in layers])
 
 
 def _adapter_at(bank: Bank, name: str, site: str) -> Any:
@@ -85,16 +92,43 @@ def _place(here: list[str], name: str | None) -> int:
     return here.index(name) if name in here else len(here)
 
 
+class Stacked:
+    """Alike layers at one site, and their parameters in one tensor each, (N + 1, …), zeros last."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self._kept: tuple[list[int], dict[str, Tensor]] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stacked parameters; without gradients the same object until a parameter changes."""
+        # layers hold flat parameters, and reading the tables themselves is what this can afford
+        tables: list[Any] = [layer._parameters for layer in self.layers]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._stack(tables)
+        key = [t._version for table in tables for t in table.values()]
+        key += [id(t) for table in tables for t in table.values()]
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._stack(tables))
+        return self._kept[1]
+
+    def _stack(self, tables: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([*(table[name] for table in tables), torch.zeros_like(first)])
+            for name, first in tables[0].items()
+        }
+
+
 class RowPlan:
     """Stands in a hook's plan for several alike layers, of which each row picks one."""
 
     taps: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, layers: list[Layer], slots: list[int]) -> None:
-        self.layers = layers
+    def __init__(self, stacked: Stacked, slots: list[int]) -> None:
+        self.stacked = stacked
         self.slots = slots
-        self._kept: tuple[list, Any] | None = None
+        self.first = stacked.layers[0]
+        self._kept: tuple[dict[str, Tensor], Any] | None = None
         self._places: Tensor | None = None
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
@@ -104,32 +138,22 @@ class RowPlan:
                 f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.slots)}",
                 "name one attachment, or None, for every row of the batch",
             )
-        return self.layers[0].after_rows(self.operands(), acc, y, x)
+        return self.first.after_rows(self.operands(), acc, y, x)
 
     def read_parameters(self) -> Iterator[Tensor]:
         """Of all the layers that rows may pick."""
-        return (parameter for layer in self.layers for parameter in layer.parameters())
+        return (parameter for layer in self.stacked.layers for parameter in layer.parameters())
 
     def operands(self) -> Any:
-        """What the rows compute with; without gradients kept until a parameter changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.layers[0].row_operands(self.picked())
-        # layers hold flat parameters, and reading the table itself is what this can afford
-        key = [t._version for layer in self.layers for t in layer._parameters.values()]  # type: ignore[union-attr]
-        key += [id(t) for layer in self.layers for t in layer._parameters.values()]
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self.layers[0].row_operands(self.picked()))
-        return self._kept[1]
-
-    def picked(self) -> dict[str, Tensor]:
-        """Every parameter with a row axis in front, (B, …); zeros where a row picks none."""
-        tables: list[Any] = [layer._parameters for layer in self.layers]
-        found = {}
-        for name, first in tables[0].items():
-            several = [table[name] for table in tables]
-            if max(self.slots) == len(tables):
-                several.append(torch.zeros_like(first))
-            if self._places is None or self._places.device != first.device:
-                self._places = torch.tensor(self.slots, device=first.device)
-            found[name] = torch.stack(several).index_select(0, self._places)
-        return found
+        """What the rows compute with: each row's parameters in front, (B, …)."""
+        tensors = self.stacked.tensors()
+        if self._kept is not None and self._kept[0] is tensors:
+            return self._kept[1]
+        if self._places is None:
+            device = next(iter(tensors.values())).device
+            self._places = torch.tensor(self.slots, device=device)
+        picked = {name: value.index_select(0, self._places) for name, value in tensors.items()}
+        operands = self.first.row_operands(picked)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self._kept = (tensors, operands)
+        return operands

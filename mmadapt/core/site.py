@@ -164,6 +164,11 @@ def match_roles(pattern: str, roles: Iterable[str]) -> tuple[list[str], str | No
     return [role for role, parts in parsed.items() if matches(parts)], port
 
 
+def offers(span: Span) -> tuple[str, ...]:
+    """The ports at which a role can be met: what is called can be stood in for, too."""
+    return (*span.ports, "around") if "out" in span.ports else span.ports
+
+
 def select(
     patterns: Iterable[str],
     spans: Mapping[str, Span],
@@ -185,9 +190,7 @@ def select(
         if not roles:
             raise nothing_matched(pattern, spans)
         for role in roles:
-            offered = spans[role].ports
-            if "out" in offered:
-                offered = (*offered, "around")  # what is called can be stood in for
+            offered = offers(spans[role])
             usable = [p for p in ports if p in offered and port in (None, p)]
             if not usable:
                 wanted = f"port {port!r}" if port else f"a port among {', '.join(ports)}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import NAME, require_bank, require_name
 from mmadapt.core.backbone import unwrap
-from mmadapt.core.site import BIAS
+from mmadapt.core.site import BIAS, offers
 from mmadapt.core.table import shape_of
 from mmadapt.core.upgrades import UPGRADES
 from mmadapt.errors import AdapterError, AdapterFileError, WrongBackboneError, did_you_mean
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.attachment import Attachment
-    from mmadapt.core.site import SiteView
+    from mmadapt.core.site import SiteView, Span
 
 SCHEMA = 2
 MANIFEST = "adapter.json"
@@ -64,7 +64,7 @@ def save(
             {**adapter.to_json(), "sites": list(sites)}
             for adapter, sites in zip(record.adapters, record.sites, strict=True)
         ],
-        "backbone": _backbone_card(model, bank.anatomy, bank.entry),
+        "backbone": _backbone_card(model, bank.anatomy, bank.entry, bank.anatomy.roles(model)),
         "tensors": {key: shape_of(value) for key, value in sorted(tensors.items())},
         "versions": _versions(),
         "licence": licence or record.metadata.get("licence"),
@@ -133,10 +133,11 @@ def load_adapter(
     folder = Path(path).expanduser()
     manifest, tensors = read(folder)
     model, anatomy, entry = unwrap(m)
-    _check_backbone(folder, manifest["backbone"], model, anatomy)
+    spans = anatomy.roles(model)
+    _check_backbone(folder, manifest["backbone"], model, anatomy, spans)
     adapters, sites = [], []
     for index, data in enumerate(manifest["adapters"]):
-        adapter, chosen = _rebuild(folder, data, model, anatomy)
+        adapter, chosen = _rebuild(folder, data, model, anatomy, spans)
         adapters.append(adapter)
         sites.append(chosen)
         for saved, site in zip(data["sites"], chosen, strict=True):
@@ -234,7 +235,7 @@ def _parse(
 
 
 def _rebuild(
-    folder: Path, data: Any, model: nn.Module, anatomy: Anatomy
+    folder: Path, data: Any, model: nn.Module, anatomy: Anatomy, spans: dict[str, Span]
 ) -> tuple[Any, list[SiteView]]:
     """One adapter of a manifest and its sites in this backbone."""
     from mmadapt.adapter import from_json
@@ -249,7 +250,6 @@ def _rebuild(
             f"{folder / MANIFEST}: {getattr(error, 'message', error)}",
             getattr(error, "hint", "") or "install the package that defines the method",
         ) from None
-    spans = anatomy.roles(model)
     former = anatomy.former(spans)
     chosen = []
     for site in data["sites"]:
@@ -259,7 +259,7 @@ def _rebuild(
         if role in spans and port not in spans[role].ports and twin in spans[role].ports:
             # one library calls the linear, the other reads its weight: the same change, met elsewhere
             port = twin if twin in adapter.ports and spans[role].weight else port
-        if role not in spans or port not in spans[role].ports:
+        if role not in spans or port not in offers(spans[role]):
             raise WrongBackboneError(
                 f"{folder}: site {site!r} is not in this {type(model).__name__}",
                 did_you_mean(role, spans),
@@ -273,7 +273,9 @@ def _rename(tensors: dict[str, Tensor], before: str, after: str) -> None:
         tensors[after + key.removeprefix(before)] = tensors.pop(key)
 
 
-def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, Any]:
+def _backbone_card(
+    model: nn.Module, anatomy: Anatomy, entry: Any, spans: dict[str, Span]
+) -> dict[str, Any]:
     return {
         "zoo": getattr(entry, "name", None),
         "revision": getattr(entry, "revision", None),
@@ -281,7 +283,7 @@ def _backbone_card(model: nn.Module, anatomy: Anatomy, entry: Any) -> dict[str, 
         "class": _class_name(model),
         "family": anatomy.family,
         "facts": anatomy.facts(model) if anatomy.facts else {},
-        "widths": _widths(model, anatomy),
+        "widths": _widths(model, anatomy, spans),
     }
 
 
@@ -291,10 +293,10 @@ def _class_name(model: nn.Module) -> str:
     return f"{own.__module__}.{own.__qualname__}"
 
 
-def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
+def _widths(model: nn.Module, anatomy: Anatomy, spans: dict[str, Span]) -> dict[str, list[int]]:
     """[inputs, outputs] of the first site of each kind: alike sites are alike in every layer."""
     found: dict[str, list[int]] = {}
-    for role, span in anatomy.roles(model).items():
+    for role, span in spans.items():
         kind = re.sub(r"\[\d+\]", "[*]", role)
         if kind not in found and not kind.endswith(f".{BIAS}"):  # as wide as what it stands beside
             view = anatomy.view(model, role, span.ports[0], span)
@@ -302,7 +304,9 @@ def _widths(model: nn.Module, anatomy: Anatomy) -> dict[str, list[int]]:
     return found
 
 
-def _check_backbone(folder: Path, card: dict[str, Any], model: nn.Module, anatomy: Anatomy) -> None:
+def _check_backbone(
+    folder: Path, card: dict[str, Any], model: nn.Module, anatomy: Anatomy, spans: dict[str, Span]
+) -> None:
     """Refuse a backbone that differs in family, facts or widths; the class may differ."""
     made_for = card.get("zoo") or card.get("class")
     if card.get("family") != anatomy.family:
@@ -310,7 +314,7 @@ def _check_backbone(folder: Path, card: dict[str, Any], model: nn.Module, anatom
             f"{folder} was made for {made_for} (family {card.get('family')!r}); this is a "
             f"{type(model).__name__} (family {anatomy.family!r})"
         )
-    here = _backbone_card(model, anatomy, None)
+    here = _backbone_card(model, anatomy, None, spans)
     for part in ("facts", "widths"):
         there = card.get(part)
         if not isinstance(there, dict):

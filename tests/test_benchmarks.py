@@ -1,0 +1,128 @@
+"""What is committed of the cost benchmark agrees with itself, and the measuring still runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = json.loads((BENCHMARKS / "cost.json").read_text())
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cost_cases
+    import cost_clock
+    import cost_tables
+
+    yield cost_cases, cost_clock, cost_tables
+    for name in ("cost_cases", "cost_clock", "cost_tables"):
+        del sys.modules[name]
+
+
+def test_the_tables_are_those_of_the_committed_numbers(benchmarks):
+    tables = benchmarks[2]
+    document = (ROOT / "docs" / "performance.md").read_text()
+    assert all(f"<!-- {name} table -->" in document for name in tables.TABLES)
+    assert tables.write(document, RESULTS) == document
+
+
+def test_a_changed_number_changes_the_document(benchmarks):
+    tables = benchmarks[2]
+    document = (ROOT / "docs" / "performance.md").read_text()
+    changed = json.loads(json.dumps(RESULTS))
+    tables.find(changed["launch"], "mmadapt", "LoRA on q, v")["forward"]["ratio"] = [7, 8, 9]
+    assert "**8.00** (7.00–9.00)" in tables.write(document, changed)
+
+
+def test_every_part_says_what_it_was_measured_with():
+    assert set(RESULTS) == {"launch", "vit_b", "life", "import"}
+    for part in RESULTS.values():
+        assert part["machine"] and part["threads"] == 1 and part["date"]
+    for name in ("launch", "vit_b"):
+        versions = RESULTS[name]["versions"]
+        assert versions["peft"]["transformers"].startswith("5.")
+        assert versions["adapterhub"]["transformers"].startswith("4.")
+        libraries = {row["library"] for row in RESULTS[name]["rows"]}
+        assert {"bare", "mmadapt", "PEFT", "AdapterHub"} <= libraries
+
+
+def test_quartiles_are_in_order():
+    for name in ("launch", "vit_b"):
+        for row in RESULTS[name]["rows"]:
+            for kind in ("forward", "step"):
+                for low, middle, high in row.get(kind, {}).values():
+                    assert 0 < low <= middle <= high
+
+
+def test_verdicts_need_quartiles_apart(benchmarks):
+    verdict = benchmarks[2].verdict
+    assert verdict([1.0, 1.1, 1.2], [1.3, 1.4, 1.5]) == "faster"
+    assert verdict([1.3, 1.4, 1.5], [1.0, 1.1, 1.2]) == "**slower**"
+    assert verdict([1.0, 1.1, 1.4], [1.0, 1.2, 1.5]) == "within the spread, median lower"
+    assert verdict([1.0, 1.3, 1.4], [1.0, 1.2, 1.5]) == "within the spread, median higher"
+
+
+def test_saved_bytes_are_those_of_the_graph(benchmarks):
+    linear = torch.nn.Linear(8, 4)
+    x = torch.randn(3, 8)
+    with benchmarks[1].saved_bytes(linear) as total:
+        y = linear(x).relu()  # saves x for the weight's gradient, and the output of relu
+    assert total[0] == 4 * (x.numel() + y.numel())
+    with benchmarks[1].saved_bytes(linear) as total:
+        linear.requires_grad_(False)(x)
+    assert total[0] == 0
+
+
+def test_copies_share_weights_but_no_modules(benchmarks):
+    cases = benchmarks[0]
+    bench = cases.Bench(cases.TINY)
+    twin, apart = bench.twin(), bench.apart()
+    for one, shared, own in zip(
+        bench.bare.parameters(), twin.parameters(), apart.parameters(), strict=True
+    ):
+        assert shared is one and own is not one
+    assert not {id(m) for m in bench.bare.modules()} & {id(m) for m in twin.modules()}
+
+
+def test_by_hand_computes_what_our_layers_compute(benchmarks):
+    import mmadapt as mm
+
+    cases = benchmarks[0]
+    bench = cases.Bench(cases.TINY)
+    by_hand = {case.name: case for case in cases.by_hand_cases(bench)}
+    for case in cases.mmadapt_cases(bench):
+        if case.name not in ("bottleneck behind each MLP", "LoRA on q, v"):
+            continue
+        ours = [p for p in case.model.parameters() if p.requires_grad]
+        theirs = list(by_hand[case.name].model.by_hand)
+        assert sorted(p.shape for p in ours) == sorted(p.shape for p in theirs)
+        with torch.no_grad():
+            value = {p.shape: p.clone() for p in theirs}  # sites come in different orders
+            for parameter in (*ours, *theirs):
+                parameter.copy_(value[parameter.shape])
+            expected = by_hand[case.name].call().last_hidden_state
+            assert (case.call().last_hidden_state - expected).abs().max() < 1e-6
+            mm.set_active(case.model)
+            assert (case.call().last_hidden_state - expected).abs().max() > 1e-2
+
+
+def test_the_worker_measures_us_without_any_peer():
+    command = [sys.executable, str(BENCHMARKS / "cost_worker.py"), "launch", "mmadapt"]
+    done = subprocess.run(
+        [*command, "--quick", "--only", "LoRA on q, v"], capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["library"], row["case"]) for row in rows] == [
+        ("bare", "forward"),
+        ("bare", "full fine-tuning"),
+        ("mmadapt", "LoRA on q, v"),
+    ]
+    assert rows[2]["sites"] == 4 and rows[2]["forward"]["ms"][1] > 0 and rows[2]["step"]
+    assert 0 < rows[2]["saved_bytes"] < rows[1]["saved_bytes"]
