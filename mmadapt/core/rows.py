@@ -34,7 +34,8 @@ def chosen(bank: Bank, rows: list[str | None]) -> Iterator[None]:
             "rows is empty", "name an attachment, or None, for every row of the batch"
         )
     bank.validate(Sum(*names))
-    plans = {site: _row_plan(bank, hook, rows, names) for site, hook in bank.hooks.items()}
+    picks: dict[tuple[int, ...], Picks] = {}
+    plans = {site: _row_plan(bank, hook, rows, names, picks) for site, hook in bank.hooks.items()}
     before = bank.active
     acting = bank.acting
     bank.activate(Sum(*names), {s: ((plan,),) if plan else () for s, plan in plans.items()})  # type: ignore[misc]
@@ -45,7 +46,11 @@ def chosen(bank: Bank, rows: list[str | None]) -> Iterator[None]:
 
 
 def _row_plan(
-    bank: Bank, hook: SiteHook, rows: list[str | None], names: tuple[str, ...]
+    bank: Bank,
+    hook: SiteHook,
+    rows: list[str | None],
+    names: tuple[str, ...],
+    picks: dict[tuple[int, ...], Picks],
 ) -> RowPlan | None:
     site = hook.site.name
     here = [name for name in names if site in bank.records[name].layers]
@@ -54,7 +59,9 @@ def _row_plan(
     key = (site, *here)
     if key not in bank.stacks:
         bank.stacks[key] = _stacked(bank, hook, here)
-    return RowPlan(bank.stacks[key], [_place(here, name) for name in rows])
+    # rows without an adapter here take the last slot, which is all zeros
+    slots = tuple([here.index(name) if name in here else len(here) for name in rows])
+    return RowPlan(bank.stacks[key], picks.setdefault(slots, Picks(slots)))
 
 
 def _stacked(bank: Bank, hook: SiteHook, names: list[str]) -> Stacked:
@@ -87,11 +94,6 @@ def _adapter_at(bank: Bank, name: str, site: str) -> Any:
     return [a for a, sites in zip(record.adapters, record.sites, strict=True) if site in sites]
 
 
-def _place(here: list[str], name: str | None) -> int:
-    """The slot of a row; rows without an adapter here take the last one, which is all zeros."""
-    return here.index(name) if name in here else len(here)
-
-
 class Stacked:
     """Alike layers at one site, and their parameters in one tensor each, (N + 1, …), zeros last."""
 
@@ -118,24 +120,37 @@ class Stacked:
         }
 
 
+class Picks:
+    """Which slot each row takes: one tensor for all the sites where that is the same."""
+
+    def __init__(self, slots: tuple[int, ...]) -> None:
+        self.slots = slots
+        self._tensor: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """The slots (B,) on a device."""
+        if self._tensor is None or self._tensor.device != device:
+            self._tensor = torch.tensor(self.slots, device=device)
+        return self._tensor
+
+
 class RowPlan:
     """Stands in a hook's plan for several alike layers, of which each row picks one."""
 
     taps: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, stacked: Stacked, slots: list[int]) -> None:
+    def __init__(self, stacked: Stacked, picks: Picks) -> None:
         self.stacked = stacked
-        self.slots = slots
+        self.picks = picks
         self.first = stacked.layers[0]
         self._kept: tuple[dict[str, Tensor], Any] | None = None
-        self._places: Tensor | None = None
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         """acc + each row's own change."""
-        if acc.shape[0] != len(self.slots):
+        if acc.shape[0] != len(self.picks.slots):
             raise CheckError(
-                f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.slots)}",
+                f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.picks.slots)}",
                 "name one attachment, or None, for every row of the batch",
             )
         return self.first.after_rows(self.operands(), acc, y, x)
@@ -149,10 +164,8 @@ class RowPlan:
         tensors = self.stacked.tensors()
         if self._kept is not None and self._kept[0] is tensors:
             return self._kept[1]
-        if self._places is None:
-            device = next(iter(tensors.values())).device
-            self._places = torch.tensor(self.slots, device=device)
-        picked = {name: value.index_select(0, self._places) for name, value in tensors.items()}
+        places = self.picks.on(next(iter(tensors.values())).device)
+        picked = {name: value.index_select(0, places) for name, value in tensors.items()}
         operands = self.first.row_operands(picked)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self._kept = (tensors, operands)
