@@ -10,7 +10,6 @@ are compared.
 from __future__ import annotations
 
 import json
-import platform
 import re
 import statistics
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor
 
 import mmadapt as mm
 
@@ -86,8 +86,11 @@ def main() -> None:
             }
         )
         print(rows[-1])
-    machine = f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}"
-    result = {"machine": machine, "images": IMAGES, "rows": rows}
+    result = {
+        "machine": f"{processor()}, 1 thread, torch {torch.__version__}",
+        "images": IMAGES,
+        "rows": rows,
+    }
     (HERE / "cached_prefix.json").write_text(json.dumps(result, indent=1) + "\n")
     write(result)
 
@@ -101,7 +104,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += [
         f"| {r['adapted']} | {r['epoch']:.2f} | {r['first cached']:.2f} | {r['later']:.2f} | "
-        f"{r['ratio']:.1f}× | {r['loss difference']:.0e} |"
+        f"{r['ratio']:.1f}× | {r['loss difference']:g} |"
         for r in result["rows"]
     ]
     note = f"{result['images']} images of 224 pixels an epoch; {result['machine']}; CPU time."

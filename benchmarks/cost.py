@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 
 from cost_clock import quartiles
 from cost_tables import write
+from machine import processor
 
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = HERE / "cost.json", HERE.parent / "docs" / "performance.md"
@@ -57,9 +57,7 @@ IMPORTS = 5
 
 def machine() -> str:
     """What the milliseconds were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def overlay(name: str, folder: Path) -> Path:

@@ -8,10 +8,10 @@ Writes `few_shot_clip.json` beside itself and puts the table into the README. On
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 
 import torch
+from machine import processor
 
 import mmadapt as mm
 from mmadapt.demos import clip as demo
@@ -23,9 +23,7 @@ BEGIN, END = "<!-- few-shot table -->", "<!-- end -->"
 
 def machine() -> str:
     """What the seconds were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, 1 thread, torch {torch.__version__}"
+    return f"{processor()}, 1 thread, torch {torch.__version__}"
 
 
 def markdown(comparison: few_shot.Comparison, where: str) -> str:

@@ -126,3 +126,12 @@ def test_the_worker_measures_us_without_any_peer():
     ]
     assert rows[2]["sites"] == 4 and rows[2]["forward"]["ms"][1] > 0 and rows[2]["step"]
     assert 0 < rows[2]["saved_bytes"] < rows[1]["saved_bytes"]
+
+
+def test_the_table_of_the_cached_prefix_is_that_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cached_prefix
+
+    result = json.loads((BENCHMARKS / "cached_prefix.json").read_text())
+    assert cached_prefix.table(result) in (ROOT / "docs" / "performance.md").read_text()
+    del sys.modules["cached_prefix"]
