@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import require_bank
@@ -38,7 +39,7 @@ def check(m: Any, batch: Any) -> Table:
     fired = {hook.site.name: hook.fired for hook in hooks}
     for hook in hooks:
         hook.fired = False
-    tensors = [(key, name, p) for key, name, p in _adapter_tensors(bank)]
+    tensors = [(key, name, p) for key, name, p in _adaptertensors_in(bank)]
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
         total = _total(_call(model, _outside_inference(batch)))
         silent = [hook.site.name for hook in hooks if not hook.fired]
@@ -83,7 +84,7 @@ def _backbone(model: Any):
     return backbone_parameters(model)
 
 
-def _adapter_tensors(bank: Any):
+def _adaptertensors_in(bank: Any):
     for name in bank.active.names:
         for key, layer in bank.tensors_of(name):
             for tensor, parameter in layer.named_parameters():
@@ -116,7 +117,7 @@ def _total(output: Any) -> Tensor:
 
     parts = [
         (t.float().flatten() * torch.arange(t.numel(), device=t.device).cos()).sum()
-        for t in _tensors(output)
+        for t in tensors_in(output)
         if t.is_floating_point()
     ]
     if not parts:
@@ -124,14 +125,15 @@ def _total(output: Any) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _tensors(value: Any):
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dictionaries, tuples and lists, in order."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmadapt.core.check import tensors_in
 from mmadapt.core.context import Context
 from mmadapt.errors import AttachError, CheckError
 from mmadapt.train.rows import RowStore, fingerprints
@@ -186,7 +187,7 @@ class TowerCache:
             self.bank.forwards.context = context
             for module, training in flags.items():
                 module.training = training
-        for one, other in zip(_tensors(whole), _tensors(short), strict=True):
+        for one, other in zip(tensors_in(whole), tensors_in(short), strict=True):
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise CheckError(
                     f"later layers of {self.name!r} use more of the first {self.depth} than what the "
@@ -355,14 +356,3 @@ def _draws(module: nn.Module) -> bool:
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
