@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         Convpass,
         Head,
         Invertible,
+        LlamaAdapter,
         LoRA,
         ScaleShift,
         TipAdapter,
         Unlock,
+        ZeroInitAttention,
         register_adapter,
     )
     from mmadapt.core.anatomy import Anatomy
@@ -57,7 +59,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "mmadapt.adapter": (
         "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass Head "
-        "Invertible LoRA ScaleShift TipAdapter Unlock register_adapter"
+        "Invertible LlamaAdapter LoRA ScaleShift TipAdapter Unlock ZeroInitAttention "
+        "register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

@@ -21,6 +21,7 @@ from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
+from mmadapt.adapter.zero_init import LlamaAdapter, ZeroInitAttention
 
 __all__ = [
     "ACTIVATIONS",
@@ -35,10 +36,12 @@ __all__ = [
     "Convpass",
     "Head",
     "Invertible",
+    "LlamaAdapter",
     "LoRA",
     "ScaleShift",
     "TipAdapter",
     "Unlock",
+    "ZeroInitAttention",
     "adapters",
     "from_json",
     "register_adapter",
