@@ -45,7 +45,7 @@ class Tiny:
 
 @functools.cache
 def _prototype(name: str) -> nn.Module:
-    return {**BACKBONES, **RELATIVES}[name].build()
+    return ALL[name].build()
 
 
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -562,7 +562,7 @@ BACKBONES: dict[str, Tiny] = {
         Tiny(
             "hf_qwen3",
             _hf_decoder("Qwen3", "Model"),
-            lambda rows: {"inputs_embeds": frames(rows, WIDTH)},
+            lambda rows: {"input_ids": tokens(rows)},
             lambda output: (output.last_hidden_state,),
         ),
         Tiny(
@@ -679,3 +679,5 @@ RELATIVES: dict[str, Tiny] = {
         ),
     )
 }
+
+ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES}
