@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Adapter,
         AdapterBias,
         BiAdaptFormer,
+        BiasScale,
         Bottleneck,
         ClipAdapter,
         Compacter,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass Head "
+        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter Convpass Head "
         "Invertible LlamaAdapter LoRA ScaleShift TipAdapter Unlock ZeroInitAttention "
         "register_adapter"
     ),

@@ -608,7 +608,12 @@ RELATIVES: dict[str, Tiny] = {
             _tokens,
             _logits,
         ),
-        Tiny("hf_llama_bare", _hf_decoder("Llama", "Model"), _tokens, _hidden),
+        Tiny(
+            "hf_llama_bare",
+            _hf_decoder("Llama", "Model", attention_bias=True, mlp_bias=True),
+            _tokens,
+            _hidden,
+        ),
         Tiny("hf_granite", _hf_decoder("Granite", "ForCausalLM"), _tokens, _logits),
         Tiny("hf_gemma2", _hf_decoder("Gemma2", "ForCausalLM"), _tokens, _logits),
         Tiny("hf_xlm_roberta", _hf_text("XLMRoberta", "Model"), _tokens, _pooled_and_tokens),

@@ -57,6 +57,11 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "identity": mm.ScaleShift(),
         "published": mm.ScaleShift(start="published"),
     },
+    "bias_scale": {
+        "output": mm.BiasScale(),
+        "input": mm.BiasScale(scale="input"),
+        "none": mm.BiasScale(scale="none"),
+    },
     "adapter_bias": {
         "own-gates": mm.AdapterBias(),
         "shared-gate": mm.AdapterBias(shared_gate=True),
@@ -109,6 +114,7 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
 EXEMPTIONS: dict[tuple[str, str], str] = {
     ("tip_adapter", "seeds"): "its keys start empty; nothing is drawn",
     ("scale_shift", "seeds"): "it starts at one and zero; nothing is drawn",
+    ("bias_scale", "seeds"): "it starts at zero and one; nothing is drawn",
     ("unlock", "seeds"): "it starts at the backbone's values; nothing is drawn",
     ("head", "seeds"): "it starts at zero; nothing is drawn",
     ("head", "stacks"): "it reads the classifier's input, so the last of a stack decides alone",

@@ -8,7 +8,7 @@ or `register_adapter`.
 
 from __future__ import annotations
 
-from mmadapt.adapter.affine import AdapterBias, ScaleShift
+from mmadapt.adapter.affine import AdapterBias, BiasScale, ScaleShift
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.bottleneck import Bottleneck
 from mmadapt.adapter.compacter import Compacter
@@ -30,6 +30,7 @@ __all__ = [
     "Adapter",
     "AdapterBias",
     "BiAdaptFormer",
+    "BiasScale",
     "Bottleneck",
     "ClipAdapter",
     "Compacter",

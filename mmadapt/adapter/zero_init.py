@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mmadapt.adapter.affine import BiasScale
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.registry import register_adapter
+from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import one_of, positive
 from mmadapt.errors import AdapterError
 
@@ -109,6 +111,29 @@ class LlamaAdapter(ZeroInitAttention):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "layers")
+
+    @classmethod
+    def v2(
+        cls, features: int | None = None, scale: Literal["output", "input"] = "output"
+    ) -> tuple[Adapter, ...]:
+        """LLaMA-Adapter V2, arXiv:2304.15010, as one list of adapters for 32 layers.
+
+        Norms unlocked, a bias and scale at every linear (`scale="input"`: as the authors released
+        them), 10 tokens in each of the last 31 layers; with `features`, the width of visual ones, also
+        early fusion: the first layer attends to them.
+        """
+        # hooks that come later stand in front, so tokens join before the output projection's scale
+        adapters = (*cls.v2_chat(scale), cls(layers=31))
+        if features is None:
+            return adapters
+        first = "text.layers[0].attn.heads"
+        return (*adapters, ZeroInitAttention(visual="tokens", features=features, at=first))
+
+    @classmethod
+    def v2_chat(cls, scale: Literal["output", "input"] = "input") -> tuple[Adapter, ...]:
+        """LLaMA-Adapter V2 without tokens, as its chat models were released: norms, biases, scales."""
+        norms = ("text.layers[*].norm1", "text.layers[*].norm2", "text.norm")
+        return (Unlock(at=norms), BiasScale(scale=scale))
 
     @property
     def patterns(self) -> tuple[str, ...]:

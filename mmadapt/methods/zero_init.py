@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class VisualProjection(Layer):
-    """What all sites share where features come in. Parameters: weight (C, V), bias (C,)."""
+    """What all sites share where features come in. Parameters: matrix (C, V), bias (C,)."""
 
     def __init__(
         self, adapter: ZeroInitAttention, sites: Sequence[SiteView], generator: torch.Generator
@@ -39,8 +39,8 @@ class VisualProjection(Layer):
         super().__init__()
         assert adapter.features is not None
         width = _attention(sites[0]).width
-        self.weight, self.bias = empty(sites[0], width, adapter.features), empty(sites[0], width)
-        fill_uniform(self.weight, 1 / math.sqrt(adapter.features), generator)
+        self.matrix, self.bias = empty(sites[0], width, adapter.features), empty(sites[0], width)
+        fill_uniform(self.matrix, 1 / math.sqrt(adapter.features), generator)
         nn.init.zeros_(self.bias)
 
 
@@ -103,17 +103,17 @@ class ZeroInitAttentionLayer(Layer):
     def _seen(self, x: Tensor, context: Context) -> Tensor:
         """The tokens of every row (B, K, C), with the features that came with this forward pass."""
         features = context.get("visual")
-        weight = self.shared.weight
+        matrix = self.shared.matrix
         if features is None:
             raise CheckError(
                 "this adapter sees images, and the forward pass was given no features of any",
                 "with mmadapt.context(model, visual=features): …, features being (B, "
-                f"{weight.shape[1]}) or (B, N, {weight.shape[1]})",
+                f"{matrix.shape[1]}) or (B, N, {matrix.shape[1]})",
             )
-        if features.ndim not in (2, 3) or features.shape[-1] != weight.shape[1]:
+        if features.ndim not in (2, 3) or features.shape[-1] != matrix.shape[1]:
             raise CheckError(
-                f"the visual features are {tuple(features.shape)}, expected (B, {weight.shape[1]}) "
-                f"or (B, N, {weight.shape[1]})"
+                f"the visual features are {tuple(features.shape)}, expected (B, {matrix.shape[1]}) "
+                f"or (B, N, {matrix.shape[1]})"
             )
         if x.shape[0] % features.shape[0]:
             raise CheckError(
@@ -121,7 +121,7 @@ class ZeroInitAttentionLayer(Layer):
                 f"{x.shape[0]} rows of this batch",
                 "give features for every row; beams and several answers to one row share theirs",
             )
-        seen = linear(features, weight, self.shared.bias)
+        seen = linear(features, matrix, self.shared.bias)
         seen = seen[:, None] if seen.ndim == 2 else seen
         seen = seen.repeat_interleave(x.shape[0] // features.shape[0], dim=0)
         if self.visual == "tokens":
