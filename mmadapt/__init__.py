@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmadapt import adapter, errors, ops, tasks, zoo
+    from mmadapt import adapter, errors, interop, ops, tasks, zoo
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
@@ -84,7 +84,7 @@ _HOMES = {
     "mmadapt.train.optimiser": "Optimiser",
     "mmadapt.zoo.load": "load",
 }
-_MODULES = ("adapter", "errors", "ops", "tasks", "zoo")
+_MODULES = ("adapter", "errors", "interop", "ops", "tasks", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

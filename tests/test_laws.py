@@ -124,6 +124,10 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
 #: (method, backbone) -> why it is refused there, although its sites are
 MISFITS: dict[tuple[str, str], str] = {
     ("invertible", "timm_swin"): "its last block has more channels than its first",
+    **{
+        ("tip_adapter", name): "its logits are of tokens, and the cache votes for rows"
+        for name in ("hf_llama", "hf_qwen2", "hf_gemma")
+    },
 }
 
 
@@ -302,8 +306,11 @@ def test_the_backbone_is_untouched_while_attached_and_trained(case: Case) -> Non
 @every_case
 def test_the_backbones_own_checkpoint_still_loads_strictly(case: Case) -> None:
     model, attachment = case.acting()
+    drawn: dict[int, Tensor] = {}  # tied weights are equal in a checkpoint too
     checkpoint_of_the_backbone = {
-        key: torch.randn_like(value) if value.is_floating_point() else value
+        key: drawn.setdefault(value.data_ptr(), torch.randn_like(value))
+        if value.is_floating_point()
+        else value
         for key, value in case.tiny.fresh().state_dict().items()
     }
     kept = [p.detach().clone() for p in attachment.parameters()]

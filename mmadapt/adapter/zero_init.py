@@ -126,7 +126,7 @@ class LlamaAdapter(ZeroInitAttention):
         adapters = (*cls.v2_chat(scale), cls(layers=31))
         if features is None:
             return adapters
-        first = "text.layers[0].attn.heads"
+        first = ("text.layers[0].attn.heads",)
         return (*adapters, ZeroInitAttention(visual="tokens", features=features, at=first))
 
     @classmethod

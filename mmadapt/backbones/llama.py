@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.backbones.blocks import block_taps, linears, logits, norm
@@ -178,8 +179,8 @@ def _find_decoder(model: Any) -> str | None:
         return None
     for path, module in model.named_modules():
         layers = getattr(module, "layers", None)
-        if hasattr(module, "embed_tokens") and hasattr(layers, "children"):
-            first = next(iter(layers.children()), None)
+        if hasattr(module, "embed_tokens") and isinstance(layers, Iterable):
+            first = next(iter(layers), None)
             if _is_rotary(getattr(first, "self_attn", None)):
                 return path
     return None
