@@ -16,21 +16,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmadapt import adapter, errors, ops, tasks, zoo
+    from mmadapt import adapter, errors, interop, ops, tasks, zoo
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
         BiAdaptFormer,
+        BiasScale,
         Bottleneck,
         ClipAdapter,
         Compacter,
         Convpass,
         Head,
         Invertible,
+        LlamaAdapter,
         LoRA,
         ScaleShift,
         TipAdapter,
         Unlock,
+        ZeroInitAttention,
         register_adapter,
     )
     from mmadapt.core.anatomy import Anatomy
@@ -56,8 +59,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass Head "
-        "Invertible LoRA ScaleShift TipAdapter Unlock register_adapter"
+        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter Convpass Head "
+        "Invertible LlamaAdapter LoRA ScaleShift TipAdapter Unlock ZeroInitAttention "
+        "register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",
@@ -80,7 +84,7 @@ _HOMES = {
     "mmadapt.train.optimiser": "Optimiser",
     "mmadapt.zoo.load": "load",
 }
-_MODULES = ("adapter", "errors", "ops", "tasks", "zoo")
+_MODULES = ("adapter", "errors", "interop", "ops", "tasks", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

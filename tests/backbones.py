@@ -45,7 +45,7 @@ class Tiny:
 
 @functools.cache
 def _prototype(name: str) -> nn.Module:
-    return {**BACKBONES, **RELATIVES}[name].build()
+    return ALL[name].build()
 
 
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -276,6 +276,32 @@ def _hf_vision(family: str, suffix: str, **more: Any) -> Callable[[], nn.Module]
         import transformers
 
         config = getattr(transformers, f"{family}Config")(**_HF_VISION, **more)
+        return getattr(transformers, f"{family}{suffix}")(config)
+
+    return _seeded(make)
+
+
+def _hf_decoder(family: str, suffix: str, **more: Any) -> Callable[[], nn.Module]:
+    """Four query heads of four channels, two key heads."""
+
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            use_cache=False,
+            **more,
+        )
         return getattr(transformers, f"{family}{suffix}")(config)
 
     return _seeded(make)
@@ -515,6 +541,36 @@ BACKBONES: dict[str, Tiny] = {
             lambda rows: {"inputs_embeds": frames(rows, WIDTH)},
             lambda output: (output.logits,),
         ),
+        Tiny(
+            "hf_llama",
+            _hf_decoder("Llama", "ForCausalLM"),
+            lambda rows: {"input_ids": tokens(rows)},
+            lambda output: (output.logits,),
+        ),
+        Tiny(
+            "hf_mistral",
+            _hf_decoder("Mistral", "Model", sliding_window=4),
+            lambda rows: {"input_ids": tokens(rows)},
+            lambda output: (output.last_hidden_state,),
+        ),
+        Tiny(
+            "hf_qwen2",
+            _hf_decoder("Qwen2", "ForSequenceClassification", num_labels=CLASSES),
+            lambda rows: {"input_ids": tokens(rows)},
+            lambda output: (output.logits,),
+        ),
+        Tiny(
+            "hf_qwen3",
+            _hf_decoder("Qwen3", "Model"),
+            lambda rows: {"input_ids": tokens(rows)},
+            lambda output: (output.last_hidden_state,),
+        ),
+        Tiny(
+            "hf_gemma",
+            _hf_decoder("Gemma", "ForCausalLM", tie_word_embeddings=True),
+            lambda rows: {"input_ids": tokens(rows)},
+            lambda output: (output.logits,),
+        ),
         Tiny("timm_swin", timm_swin, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
         Tiny(
             "own_transformer",
@@ -552,6 +608,14 @@ RELATIVES: dict[str, Tiny] = {
             _tokens,
             _logits,
         ),
+        Tiny(
+            "hf_llama_bare",
+            _hf_decoder("Llama", "Model", attention_bias=True, mlp_bias=True),
+            _tokens,
+            _hidden,
+        ),
+        Tiny("hf_granite", _hf_decoder("Granite", "ForCausalLM"), _tokens, _logits),
+        Tiny("hf_gemma2", _hf_decoder("Gemma2", "ForCausalLM"), _tokens, _logits),
         Tiny("hf_xlm_roberta", _hf_text("XLMRoberta", "Model"), _tokens, _pooled_and_tokens),
         Tiny("hf_camembert", _hf_text("Camembert", "ForMaskedLM"), _tokens, _logits),
         Tiny("hf_electra", _hf_text("Electra", "Model", embedding_size=8), _tokens, _hidden),
@@ -620,3 +684,5 @@ RELATIVES: dict[str, Tiny] = {
         ),
     )
 }
+
+ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES}

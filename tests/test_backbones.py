@@ -42,7 +42,21 @@ FAMILIES = {
     "hf_vit_mae": "vit_mae",
     "timm_registers": "timm-vit",
     "timm_averaged": "timm-vit",
+    "hf_llama": "llama",
+    "hf_mistral": "mistral",
+    "hf_qwen2": "qwen2",
+    "hf_qwen3": "qwen3",
+    "hf_gemma": "gemma",
+    "hf_llama_bare": "llama",
+    "hf_granite": "granite",
+    "hf_gemma2": "gemma2",
 }
+
+#: decoders, whose norms and linears have no biases
+UNBIASED = (
+    *("hf_llama", "hf_mistral", "hf_qwen2", "hf_qwen3", "hf_gemma"),
+    *("hf_llama_bare", "hf_granite", "hf_gemma2"),
+)
 
 #: roles that every tower of transformer blocks has
 BLOCK = (
@@ -83,12 +97,16 @@ def test_the_family_is_found_by_the_class(name: str) -> None:
         *((name, ("text",)) for name in ("hf_electra", "hf_deberta_v2", "hf_distilbert")),
         *((name, ("vision",)) for name in ("hf_deit", "hf_deit_teacher", "hf_beit", "hf_vit_mae")),
         *((name, ("vision",)) for name in ("timm_registers", "timm_averaged")),
+        *((name, ("text",)) for name in UNBIASED),
     ],
 )
 def test_every_block_has_the_same_roles_in_every_family(name: str, towers: tuple[str, ...]) -> None:
     model = ALL[name].fresh()
     roles = set(find_anatomy(model).roles(model))
-    expected = {f"{t}.layers[{i}]{role}" for t in towers for i in range(2) for role in BLOCK}
+    block = [role for role in BLOCK if name not in UNBIASED or not role.endswith(".bias")]
+    if name in UNBIASED:
+        block += [".attn.heads", ".mlp.gate"]
+    expected = {f"{t}.layers[{i}]{role}" for t in towers for i in range(2) for role in block}
     assert expected <= roles
 
 
@@ -118,7 +136,8 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
         assert y.ndim == len(span.layout), role
         assert y.shape[axis] == view.width * span.block[1], role
         position, bar, keyword = span.x.partition("|")
-        if bar and span.layout != "BD":  # pooled features come from pixels or tokens
+        ids = role == "text.embeddings"  # pooled features come from pixels or tokens too
+        if bar and span.layout != "BD" and not ids:
             x = args[int(position)] if len(args) > int(position) else kwargs[keyword]
             assert x.shape[axis] == view.width_in, role
 
@@ -294,7 +313,7 @@ def test_a_relative_adapts_trains_saves_and_leaves(name: str, tmp_path: Path) ->
         mm.LoRA(2),
         mm.ScaleShift(at=(f"{block}.norm1", f"{block}.norm2", f"{block}.mlp.up")),
         mm.Bottleneck(2, placement="parallel", at=branches),
-        mm.Unlock(at=f"{block}.*.bias"),
+        mm.Unlock(at=f"{block}.norm1:weight" if name in UNBIASED else f"{block}.*.bias"),
     ]
     attachment = mm.attach(model, adapters)
     assert_close(outputs(name, model), outputs(name, tiny.fresh()), 1e-6)

@@ -103,3 +103,57 @@ def test_bottlenecks_equal_adapterhub(config: str, adapter: Any, places: dict[st
             }
             put(attachment, f"{site.format(index)}:out", **found)
     assert furthest(model, saved["pixels"], expected) < 3e-6
+
+
+LLAMA = {
+    "vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def texts(padding: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 24, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[0, :3] = 0
+    if padding == "right":
+        mask[0, -3:] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("key_heads", [4, 2], ids=["each its own", "grouped queries"])
+@pytest.mark.parametrize("situation", ["none", "left", "right", "cache"])
+def test_zero_init_attention_equals_peft(situation: str, key_heads: int, bits: int) -> None:
+    from test_backbones_llama import step_by_step
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    saved = part(load_file(PEERS / "peft_prompt.safetensors"), f"{key_heads} ")
+    dtype = torch.float64 if bits == 64 else torch.float32
+    model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA, num_key_value_heads=key_heads)).eval()
+    model.load_state_dict(part(saved, "backbone."))
+    model.to(dtype)
+    adapter = mm.LlamaAdapter(5, layers=2, gate="layer", activation="identity")
+    attachment = mm.attach(model, adapter)
+    theirs = part(saved, "prompt.")
+    for index in (1, 2):
+        put(
+            attachment,
+            f"text.layers[{index}].attn.heads:in",
+            prompt=theirs[f"layers.{index}.adaption_prompt"][0],
+            gate=theirs[f"layers.{index}.adaption_gate"],
+        )
+    batch = texts("left" if situation == "cache" else situation)
+    seen = batch["attention_mask"].bool()
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            if situation == "cache":
+                return step_by_step(model, batch, 4)[seen]
+            return model(**batch, use_cache=False).logits[seen]
+
+    expected = saved[f"{bits} {situation}"][seen]
+    with mm.disabled(model):
+        assert float((logits() - expected).abs().max()) > 0.1  # the prompts do something
+    assert float((logits() - expected).abs().max()) <= (0.0 if bits == 64 else 2e-6)

@@ -8,7 +8,7 @@ or `register_adapter`.
 
 from __future__ import annotations
 
-from mmadapt.adapter.affine import AdapterBias, ScaleShift
+from mmadapt.adapter.affine import AdapterBias, BiasScale, ScaleShift
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.bottleneck import Bottleneck
 from mmadapt.adapter.compacter import Compacter
@@ -21,6 +21,7 @@ from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
+from mmadapt.adapter.zero_init import LlamaAdapter, ZeroInitAttention
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,16 +30,19 @@ __all__ = [
     "Adapter",
     "AdapterBias",
     "BiAdaptFormer",
+    "BiasScale",
     "Bottleneck",
     "ClipAdapter",
     "Compacter",
     "Convpass",
     "Head",
     "Invertible",
+    "LlamaAdapter",
     "LoRA",
     "ScaleShift",
     "TipAdapter",
     "Unlock",
+    "ZeroInitAttention",
     "adapters",
     "from_json",
     "register_adapter",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.registry import register_adapter
 from mmadapt.adapter.validation import flag, one_of
+from mmadapt.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -87,3 +88,62 @@ class AdapterBias(Adapter):
 
     def build_shared(self, sites: Sequence[SiteView], generator: torch.Generator) -> Layer | None:
         return super().build_shared(sites, generator) if self.shared_gate else None
+
+
+_LINEARS = tuple(
+    f"text.layers[*].{linear}"
+    for linear in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+)
+
+
+@register_adapter
+@dataclass(frozen=True)
+class BiasScale(Adapter):
+    """A trained bias b and scale s at every linear of a decoder (LLaMA-Adapter V2, Gao et al. 2023).
+
+    `scale="output"` is the paper's s·(W·x + b); "input" is W·(s·x) + b as the authors released it,
+    "none" trains the bias alone. They start at b = 0 and s = 1. The scale on the input stands at a
+    linear's `in` port and its bias at the `out` port, so sites of one's own name both.
+
+    A scale replaces what its site gives, so two of them stack and do not sum. Merges exactly into a
+    linear that has a bias; without one its scales alone would.
+
+    Parameters per linear: outputs, and as many more ("output"), or inputs more ("input").
+    """
+
+    method: ClassVar[str] = "bias_scale"
+    layer: ClassVar[str] = "mmadapt.methods.affine:BiasScaleLayer"
+    ports: ClassVar[tuple[str, ...]] = ("out", "in")
+    source: ClassVar[str] = "Gao et al. 2023 (LLaMA-Adapter V2), arXiv:2304.15010"
+
+    scale: Literal["output", "input", "none"] = "output"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "scale", ("output", "input", "none"))
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        if self.at is not None:
+            return self.at
+        ports = (":in", ":out") if self.scale == "input" else (":out",)
+        return tuple(linear + port for linear in _LINEARS for port in ports)
+
+    def build_shared(self, sites: Sequence[SiteView], generator: torch.Generator) -> Layer | None:
+        met = {site.name for site in sites}
+        for site in sites:
+            other = f"{site.role}:{'in' if site.port == 'out' else 'out'}"
+            if (other in met) != (self.scale == "input"):
+                raise AdapterError(
+                    f'BiasScale with scale="{self.scale}" at {site.name} '
+                    + (
+                        f"needs {other} too" if self.scale == "input" else f"has no use for {other}"
+                    ),
+                    'with scale="input" name every linear twice, ":in" and ":out"; else ":out" alone',
+                )
+            if self.scale != "input" and site.port == "in":
+                raise AdapterError(
+                    f'BiasScale with scale="{self.scale}" cannot stand at {site.name}',
+                    "use the `out` port",
+                )
+        return None

@@ -61,6 +61,11 @@ class Adapter:
         """Site patterns used when `attach` is given none."""
         return self.default_sites if self.at is None else self.at
 
+    @property
+    def every_pattern(self) -> bool:
+        """Whether each of `patterns` has to select a site; defaults name roles of many families."""
+        return self.at is not None
+
     def build(self, site: SiteView, generator: torch.Generator) -> Layer:
         """Make the trainable layer for one site, drawing from `generator` only."""
         return _named(self.layer)(self, site, generator)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.site import BIAS, SiteView, Span
+from mmadapt.core.site import BIAS, Derived, SiteView, Span
 from mmadapt.errors import SiteError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Anatomy:
     #: per tower, the module whose call runs all of the tower's blocks
     towers: Mapping[str, str] = field(default_factory=dict)
     #: read-only taps: role -> "module path:out" or, for what the module is given, "module path:in"
-    taps: Mapping[str, str] = field(default_factory=dict)
+    #: and "module path:kw:keyword"; or one derived from such
+    taps: Mapping[str, str | Derived] = field(default_factory=dict)
     #: path of a tower -> function (module, args, kwargs of its call) -> facts about this forward pass,
     #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding
     fills: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
@@ -116,10 +117,13 @@ class Anatomy:
             device=None
             if reference is None
             else execution_device(reference, holder, module, model),
+            attention=None
+            if span.attention is None
+            else span.attention(model.get_submodule(span.module.rpartition(".")[0])),
         )
 
-    def tap(self, role: str, name: str) -> tuple[str, str]:
-        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out").
+    def tap(self, role: str, name: str) -> tuple[str, str | Derived]:
+        """Resolve a layer's tap `name` beside the site `role`: (tap role, "module path:out" or derived).
 
         The nearest one counts: a role's own, then that of the module around it, up to the model's.
         """
@@ -129,7 +133,11 @@ class Anatomy:
             wanted = ".".join([*words[:depth], name])
             template = wanted.replace(f"[{index}]", "[i]") if index else wanted
             if template in self.taps:
-                return wanted, self.taps[template].replace("{i}", index)
+                tap = self.taps[template]
+                if isinstance(tap, str):
+                    return wanted, tap.replace("{i}", index)
+                sources = tuple(source.replace("{i}", index) for source in tap.sources)
+                return wanted, Derived(sources, tap.compute)
         raise SiteError(
             f"a layer at {role!r} reads the tap {name!r}, which this anatomy does not offer",
             "taps are " + (", ".join(self.taps) or "none"),
@@ -265,6 +273,24 @@ KNOWN: dict[str, str] = {
         )
         for suffix in ("Model", "ForImageClassification")
     },
+    **{
+        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
+            "mmadapt.backbones.llama:llama_anatomy"
+        )
+        for family, prefix in (
+            ("llama", "Llama"),
+            ("mistral", "Mistral"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+            ("gemma", "Gemma"),
+        )
+        for suffix in (
+            "Model",
+            "ForCausalLM",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+        )
+    },
     "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": (
         "mmadapt.backbones.vit:vit_anatomy"
     ),
@@ -275,8 +301,8 @@ KNOWN: dict[str, str] = {
 def find_anatomy(model: nn.Module) -> Anatomy:
     """The anatomy of `model`, by the name of its class or of a class it inherits from.
 
-    A model of an unknown class gets the generic one of its repeated blocks (`blocks[i]`); without
-    such blocks `BackboneError` says how to name modules by hand.
+    A model of an unknown class is probed for a decoder with rotary positions, else gets the generic
+    anatomy of its repeated blocks (`blocks[i]`); without such blocks `BackboneError` says how to name modules by hand.
     """
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     for name in names:
@@ -288,6 +314,9 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     for entry in entry_points(group="mmadapt.anatomies"):
         if entry.name in names:
             return entry.load()(model)
+    decoder = importlib.import_module("mmadapt.backbones.llama").probe(model)
+    if decoder is not None:
+        return decoder
     generic = importlib.import_module("mmadapt.backbones.generic")
     anatomy = generic.generic_anatomy(model)
     if anatomy is None:

@@ -63,14 +63,16 @@ def resolve(
             "pass at=, for example at='*.layers[*].mlp'",
         )
     spans = anatomy.roles(model)
-    if at is None and adapter.at is None:
-        # defaults name roles of many families; one that is offered is enough
+    if at is None:
         fitting = [p for p in patterns if _matches(p, spans, adapter.ports)]
         if not fitting and adapter.elsewhere:
             raise SiteError(
-                f"this backbone has no site {' or '.join(map(repr, patterns))}", adapter.elsewhere
+                f"this backbone has no site {' or '.join(map(repr, patterns[:2]))}; "
+                f"{_offered(spans)}",
+                adapter.elsewhere,
             )
-        patterns = fitting or patterns
+        if not adapter.every_pattern:
+            patterns = fitting or patterns
     pairs = select(patterns, spans, adapter.ports, anatomy.former(spans))
     return [anatomy.view(model, role, port, spans[role]) for role, port in pairs]
 
@@ -83,6 +85,13 @@ def _matches(pattern: str, spans: Any, ports: tuple[str, ...]) -> bool:
     return bool(roles) and all(
         {port or p for p in ports} & set(spans[role].ports) for role in roles
     )
+
+
+def _offered(spans: Any) -> str:
+    """What there is instead, in a few words."""
+    ends = [role.rpartition("].")[2] for role in spans if not role.endswith(".bias")]
+    found = list(dict.fromkeys(end for end in ends if end and not end.endswith("]")))
+    return f"it has {', '.join(found[:12])}{' …' if len(found) > 12 else ''}"
 
 
 def as_adapters(adapter: Adapter | Sequence[Adapter]) -> tuple[Adapter, ...]:

@@ -17,7 +17,7 @@ from mmadapt.core.context import Choice, Forwards
 from mmadapt.core.dispatch import AroundHook, InHook, OutHook, Plan, ShareHook, SiteHook
 from mmadapt.core.effective import WeightHook, WeightRestore, WeightSite
 from mmadapt.core.layer import Layer
-from mmadapt.core.passes import Begin, End, FirstForward, InputTapHook, TapHook
+from mmadapt.core.passes import Begin, End, FirstForward, TapHook, tap_hook
 from mmadapt.core.renames import undo_renames
 from mmadapt.errors import AttachError
 
@@ -134,8 +134,7 @@ class Bank(nn.Module):
             if tap not in self.tap_hooks:
                 where, _, end = path.partition(":")
                 module = self._root.get_submodule(where)
-                kind = InputTapHook if end == "in" else TapHook
-                self.tap_hooks[tap] = kind(tap, self.forwards)
+                self.tap_hooks[tap] = tap_hook(tap, end, self.forwards)
                 self.handles[f"tap {tap}"] = [self.tap_hooks[tap].register(module)]
         if site.name in self.hooks:
             self.hooks[site.name].site.taps.update(site.taps)
@@ -222,7 +221,8 @@ class Bank(nn.Module):
             for handle in self.handles.pop(name, []):
                 handle.remove()
             self._leave_group(hook)
-        read = {tap for hook in self.hooks.values() for tap in hook.site.taps.values()}
+        sites = [hook.site for hook in self.hooks.values()]
+        read = {tap for site in sites for word in site.taps for tap in site.read_taps(word)}
         for tap in [tap for tap in self.tap_hooks if tap not in read]:
             del self.tap_hooks[tap]
             for handle in self.handles.pop(f"tap {tap}"):
@@ -268,7 +268,8 @@ class Bank(nn.Module):
                 if hook.x_tap and hook.plan:
                     words.append(hook.x_tap)
                 for word in words:
-                    self.tap_hooks[hook.site.taps[word]].readers += 1
+                    for tap in hook.site.read_taps(word):
+                        self.tap_hooks[tap].readers += 1
                 wanted.update(*(layer.facts for layer in layers))
         for begin in self.begins:
             begin.wanted = frozenset(wanted)

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from mmadapt.errors import CheckError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from mmadapt.core.site import BoundTap
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
@@ -30,7 +30,7 @@ class Context:
 
     def __init__(self, facts: Mapping[str, Any] | None = None, region: Any = None) -> None:
         self._facts = facts or {}
-        self._taps: dict[str, tuple[Tensor, int]] = {}
+        self._taps: dict[str, tuple[Any, int]] = {}
         #: the checkpointed region within which this pass began, if it did
         self.region = region
 
@@ -39,12 +39,14 @@ class Context:
         value = self._facts.get(fact)
         return default if value is None else value
 
-    def leave(self, tap: str, value: Tensor, readers: int) -> None:
+    def leave(self, tap: str, value: Any, readers: int) -> None:
         """Keep what a tap saw until its last reader has come."""
         self._taps[tap] = (value, readers)
 
-    def read(self, tap: str) -> Tensor:
+    def read(self, tap: str | BoundTap) -> Any:
         """What the tap saw last in this forward pass; `tap` is a value of `site.taps`."""
+        if not isinstance(tap, str):
+            return tap.value(self)
         if tap not in self._taps:
             raise CheckError(
                 f"a layer reads {tap!r} before the backbone has computed it, or for a second time",

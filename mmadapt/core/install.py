@@ -79,8 +79,7 @@ def install(
             if site.span.x.startswith("tap:"):
                 words.add(site.span.x[4:])
             for word in sorted(words):
-                site.taps[word], path = anatomy.tap(site.role, word)
-                taps[site.name][site.taps[word]] = path
+                taps[site.name].update(site.bind(word, *anatomy.tap(site.role, word)))
     if tensors is not None:
         fill(layers, tensors)
     # nothing has been changed up to here, and nothing below can fail for a user's mistake

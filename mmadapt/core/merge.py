@@ -36,7 +36,7 @@ def merge(m: Any, name: str | None = None, permanent: bool = False) -> None:
     for (holder, key), value in changed.items():
         parameter = getattr(holder, key)
         originals[holder, key] = parameter.detach().cpu().clone()
-        parameter.data.copy_(value)
+        _write(parameter, value)
     bank.merged[name] = [(holder, key, value) for (holder, key), value in originals.items()]
     _forget_kept_weights(bank)
     if name in bank.active.names:
@@ -74,8 +74,16 @@ def take_out(bank: Bank, name: str) -> None:
             f"unmerge {last!r} first: originals are kept in order",
         )
     for holder, key, value in bank.merged.pop(name):
-        getattr(holder, key).data.copy_(value)
+        _write(getattr(holder, key), value)
     _forget_kept_weights(bank)
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
+    """Not through `.data`, whose writes move no version counter: what is kept would not be renewed."""
+    import torch
+
+    with torch.no_grad():
+        parameter.copy_(value)
 
 
 def _folded(bank: Bank, name: str) -> dict[tuple[nn.Module, str], Tensor]:

@@ -38,7 +38,7 @@ class TapHook:
         if readers:
             context.leave(self.name, self.value(*call), readers)
 
-    def value(self, args: tuple, output: Any) -> Tensor:
+    def value(self, args: tuple, output: Any) -> Any:
         """What is left, of a call's arguments and output."""
         return output if isinstance(output, Tensor) else output[0]
 
@@ -51,6 +51,30 @@ class InputTapHook(TapHook):
 
     def value(self, args: tuple, kwargs: Any) -> Tensor:
         return args[0] if args else next(iter(kwargs.values()))
+
+
+class KeywordTapHook(InputTapHook):
+    """Leaves one keyword argument of a module's call, whatever it is."""
+
+    def __init__(self, name: str, forwards: Forwards, keyword: str) -> None:
+        super().__init__(name, forwards)
+        self.keyword = keyword
+
+    def value(self, args: tuple, kwargs: Any) -> Any:
+        if kwargs.get(self.keyword) is None:
+            raise CheckError(
+                f"the tap {self.name!r} reads the keyword {self.keyword!r}, and the call has "
+                f"{', '.join(kwargs) or 'none'}",
+                f"call the module with {self.keyword}=",
+            )
+        return kwargs[self.keyword]
+
+
+def tap_hook(name: str, end: str, forwards: Forwards) -> TapHook:
+    """The hook of a raw tap: `end` is "out", "in" or "kw:keyword"."""
+    if end.startswith("kw:"):
+        return KeywordTapHook(name, forwards, end[3:])
+    return (InputTapHook if end == "in" else TapHook)(name, forwards)
 
 
 class Begin:

@@ -12,13 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmadapt.errors import SiteError, closest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor, nn
+
+    from mmadapt.core.context import Context
 
 PORTS = ("in", "out", "weight", "around")
 BIAS = "bias"
@@ -55,6 +59,62 @@ class Span:
     #: parameter that is this role's weight, and its share (k-th of n equal row blocks)
     weight: str = ""
     block: tuple[int, int] = (0, 1)
+    #: where heads meet their output projection: function of the attention module around it
+    attention: Callable[[Any], Attention] | None = None
+
+
+@dataclass(eq=False)
+class Attention:
+    """What a backbone's attention does to tokens, for layers that bring tokens of their own.
+
+    H query heads of d channels, G key heads of which each serves H / G query heads.
+    """
+
+    #: the projections of tokens to keys and values, called as the backbone calls them
+    k: nn.Module
+    v: nn.Module
+    heads: int
+    key_heads: int
+    head_width: int
+    #: factor on q·k before the softmax
+    scale: float
+    #: channels of the tokens that keys and values are made of
+    width: int
+    #: norm over each head of a key, where there is one
+    k_norm: nn.Module | None = None
+    #: function (queries (B, H, T, d), position embeddings) -> rotated queries, where there is one
+    rotate: Callable[..., Tensor] | None = None
+
+    def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, K, d) of tokens (B, K, width), without positions."""
+        split = (self.key_heads, self.head_width)
+        keys, values = self.k(tokens).unflatten(-1, split), self.v(tokens).unflatten(-1, split)
+        if self.k_norm is not None:
+            keys = self.k_norm(keys)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tap computed from others at the moment it is read, such as queries after their rotation."""
+
+    #: raw taps: "module path:out", "…:in" or "…:kw:keyword", `{i}` standing for the layer index
+    sources: tuple[str, ...]
+    #: function (the reader's site, what each source saw) -> what the tap gives; importable by name
+    compute: Callable[..., Tensor]
+
+
+@dataclass(eq=False)
+class BoundTap:
+    """A derived tap as one site reads it."""
+
+    site: SiteView
+    sources: tuple[str, ...]
+    compute: Callable[..., Tensor]
+
+    def value(self, context: Context) -> Tensor:
+        """Read every source and compute; each counts as read."""
+        return self.compute(self.site, *[context.read(source) for source in self.sources])
 
 
 @dataclass(eq=False)
@@ -77,13 +137,29 @@ class SiteView:
     reference: Tensor | None = field(default=None, repr=False)
     #: where the site computes
     device: torch.device | None = None
-    #: tap names the layer may pop, by the layer's own word
-    taps: dict[str, str] = field(default_factory=dict)
+    #: taps the layer may pop, by the layer's own word
+    taps: dict[str, str | BoundTap] = field(default_factory=dict)
+    #: what the attention around the site does, where its span says so
+    attention: Attention | None = None
 
     @property
     def role(self) -> str:
         """The site's name without its port."""
         return self.name.rpartition(":")[0]
+
+    def bind(self, word: str, tap: str, source: str | Derived) -> dict[str, str]:
+        """Let the layer read `tap` by its own word; returns the raw taps that takes, by name."""
+        if isinstance(source, str):
+            self.taps[word] = tap
+            return {tap: source}
+        raw = {f"{tap} from {path}": path for path in source.sources}
+        self.taps[word] = BoundTap(self, tuple(raw), source.compute)
+        return raw
+
+    def read_taps(self, word: str) -> tuple[str, ...]:
+        """Names of the raw taps behind a layer's word."""
+        tap = self.taps[word]
+        return (tap,) if isinstance(tap, str) else tap.sources
 
 
 def parse_role(role: str) -> tuple[tuple[str, int | None], ...]:

@@ -11,6 +11,10 @@ NLP Tasks, arXiv:2205.00305
     y' = y + (w·z + b)·v,   z: input of the MLP's second linear, v zero at the start
 
 with (w, b) of its own at each layer, or one for all.
+
+Gao et al. 2023, LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model, arXiv:2304.15010
+
+    y' = s ⊙ (W·x + b), or as its authors released it W·(s ⊙ x) + b
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import channel_axis, directed_shift, scale_shift
 
 if TYPE_CHECKING:
-    from mmadapt.adapter import AdapterBias, ScaleShift
+    from mmadapt.adapter import AdapterBias, BiasScale, ScaleShift
     from mmadapt.core.context import Context
     from mmadapt.core.site import SiteView
 
@@ -109,3 +113,42 @@ def _gate(site: SiteView, generator: torch.Generator) -> tuple[nn.Parameter, nn.
     fill_uniform(gate, 1 / math.sqrt(site.width_in), generator)
     fill_uniform(gate_bias, 1 / math.sqrt(site.width_in), generator)
     return gate, gate_bias
+
+
+class BiasScaleLayer(Layer):
+    """Parameters: at `in` scale (C_in,); at `out` bias (C,), and scale (C,) where it acts there."""
+
+    def __init__(self, adapter: BiasScale, site: SiteView, generator: torch.Generator) -> None:
+        super().__init__()
+        if not site.parameter or channel_axis(site.span.layout) != -1:
+            raise AdapterError(
+                f"BiasScale changes a linear, and {site.name} stands for none",
+                "choose sites such as '*.layers[*].attn.q'",
+            )
+        scales = site.port == "in" or adapter.scale == "output"
+        self.additive = not scales  # type: ignore[misc]
+        if scales:
+            self.scale = empty(site, site.width_in if site.port == "in" else site.width)
+            nn.init.ones_(self.scale)
+        if site.port == "out":
+            self.bias = empty(site, site.width)
+            nn.init.zeros_(self.bias)
+
+    def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        return (x.to(self.scale.dtype) * self.scale).to(x.dtype)
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        if self.additive:
+            return acc + self.bias.to(acc.dtype)
+        return ((y.to(self.scale.dtype) + self.bias) * self.scale).to(acc.dtype)
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, site: SiteView
+    ) -> tuple[Tensor, Tensor | None] | None:
+        if site.port == "in":
+            return (weight.to(self.scale.dtype) * self.scale).to(weight.dtype), bias
+        moved = self.bias if bias is None else bias.to(self.bias.dtype) + self.bias
+        if self.additive:
+            return weight, moved.to(weight.dtype)
+        changed = weight.to(self.scale.dtype) * self.scale[:, None]
+        return changed.to(weight.dtype), (moved * self.scale).to(weight.dtype)

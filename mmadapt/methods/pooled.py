@@ -67,6 +67,12 @@ class TipAdapterLayer(Layer):
 
     def __init__(self, adapter: TipAdapter, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
+        if site.span.layout != "BK":
+            raise AdapterError(
+                f"TipAdapter votes for the class of each row, and {site.name} gives logits "
+                f"{', '.join(site.span.layout)}",
+                "use the logits of a classifier of rows, such as mmadapt.tasks.few_shot builds",
+            )
         self.classes = site.width
         keys = torch.zeros_like(empty(site, adapter.entries, site.width_in))
         if adapter.train_keys:

@@ -284,3 +284,22 @@ def add_by_row(acc: Tensor, delta: Tensor) -> Tensor:
     if delta.dtype != acc.dtype:
         delta = delta.to(acc.dtype)
     return acc + (delta if delta.shape == acc.shape else delta.view(acc.shape))
+
+
+def gated_attention(
+    q: Tensor,  # (B, H, T, d)
+    k: Tensor,  # (B, G, K, d); B may be 1, and G divides H
+    v: Tensor,  # (B, G, K, d)
+    gate: Tensor,  # (H,) or (1,)
+    scale: float,
+) -> Tensor:
+    """gate · softmax(scale · q·kᵀ)·v for H heads side by side, (B, T, H·d).
+
+    The softmax is taken in float32, whatever the dtype of the queries.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    weights = torch.softmax(torch.matmul(q, k.mT.to(q.dtype)) * scale, dim=-1, dtype=torch.float32)
+    weights = gate.view(-1, 1, 1) * weights
+    return torch.matmul(weights.to(v.dtype), v).transpose(1, 2).flatten(2)

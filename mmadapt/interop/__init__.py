@@ -1,0 +1,8 @@
+"""Other people's adapter files, read into attachments and written from them."""
+
+from __future__ import annotations
+
+from mmadapt.interop.foreign import ForeignFile
+from mmadapt.interop.llama_adapter import read_llama_adapter, write_llama_adapter
+
+__all__ = ["ForeignFile", "read_llama_adapter", "write_llama_adapter"]

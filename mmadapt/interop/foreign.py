@@ -1,0 +1,101 @@
+"""What readers and writers of other people's files have in common: strictness and a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmadapt.core.attached import require_bank, require_name
+from mmadapt.core.backbone import unwrap
+from mmadapt.errors import AdapterFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmadapt.core.attachment import Attachment
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """What was read or written: the layout, how many tensors, and what deserves a word."""
+
+    layout: str
+    tensors: int
+    #: keys that were there and mean nothing, such as gates of layers without tokens
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    attachment: Attachment | None = field(default=None, repr=False)
+
+
+def parts(m: Any, name: str | None) -> tuple[Any, dict[str, Any], int]:
+    """The record of an attachment, its layers by file key, and how many layers the backbone has."""
+    _, bank = require_bank(m)
+    name = require_name(bank, name, "write")
+    return bank.records[name], dict(bank.layers_of(name)), depth_of(m)
+
+
+def attention_of(m: Any) -> Any:
+    """What the attention of the first layer does; `AdapterFileError` where there is no such site."""
+    model, anatomy, _ = unwrap(m)
+    spans = anatomy.roles(model)
+    role = "text.layers[0].attn.heads"
+    if role not in spans:
+        raise AdapterFileError(
+            f"LLaMA-Adapter files fit decoders with the site {role!r}, which "
+            f"{type(model).__name__} does not have"
+        )
+    return anatomy.view(model, role, "in", spans[role]).attention
+
+
+def depth_of(m: Any) -> int:
+    """How many layers the decoder has."""
+    attention_of(m)
+    model, anatomy, _ = unwrap(m)
+    return sum(role.endswith("attn.heads") for role in anatomy.roles(model))
+
+
+def refuse_keys(missing: list[str], unexpected: list[str]) -> None:
+    """Raise `AdapterFileError` where keys are missing or unexpected."""
+    parts = [
+        f"{len(keys)} {what}: {some(keys)}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    if parts:
+        raise AdapterFileError("the file does not fit: " + ". ".join(parts), "nothing was attached")
+
+
+def some(keys: Any) -> str:
+    """The first few of several names."""
+    keys = list(keys)
+    return ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "") or "nothing"
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` file, or of its entry "model", read without running code."""
+    import torch
+
+    if not path.is_file():
+        raise AdapterFileError(f"there is no file {path}")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterFileError(f"{path} cannot be read as tensors: {error}") from error
+    if isinstance(stored, dict) and isinstance(stored.get("model"), dict):
+        stored = stored["model"]
+    if not isinstance(stored, dict) or not all(
+        isinstance(v, torch.Tensor) for v in stored.values()
+    ):
+        raise AdapterFileError(f"{path} holds something else than tensors by name")
+    return stored
+
+
+def install_tensors(m: Any, adapters: Any, name: str, values: dict[str, Tensor]) -> Attachment:
+    """Attach adapters at their own sites with these tensors; nothing is changed if any is wrong."""
+    from mmadapt.core.attach import resolve
+    from mmadapt.core.install import install
+
+    model, anatomy, entry = unwrap(m)
+    sites = [resolve(model, anatomy, one, None) for one in adapters]
+    return install(model, anatomy, entry, tuple(adapters), sites, name, tensors=values)
