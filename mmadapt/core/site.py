@@ -55,6 +55,10 @@ class Span:
     #: parameter that is this role's weight, and its share (k-th of n equal row blocks)
     weight: str = ""
     block: tuple[int, int] = (0, 1)
+    #: whether x and y hold the same positions in the same layout, so that a change read from x fits y
+    aligned: bool = True
+    #: rows at y for each row of the batch: "one"; "several", side by side (windows, prompts); "unknown"
+    rows: str = "one"
 
 
 @dataclass(eq=False)
