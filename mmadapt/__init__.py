@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         Bottleneck,
         ClipAdapter,
         Compacter,
+        ConvDepth,
         Convpass,
         Head,
         Invertible,
         LoRA,
+        MedSA,
         ScaleShift,
         TipAdapter,
         Unlock,
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter Convpass Head "
-        "Invertible LoRA ScaleShift TipAdapter Unlock register_adapter"
+        "Adapter AdapterBias BiAdaptFormer Bottleneck ClipAdapter Compacter ConvDepth Convpass "
+        "Head Invertible LoRA MedSA ScaleShift TipAdapter Unlock register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

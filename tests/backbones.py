@@ -351,10 +351,12 @@ def open_clip_timm() -> nn.Module:
 
 # -- SAM -------------------------------------------------------------------------------------------
 
+#: width behind the encoder: upscaling norms a quarter of it, and norms of two channels are signs
+INNER = 32
 #: 4 × 4 patches in windows of 3 × 3, so that windows stick out
 _SAM_VISION = {
     "hidden_size": WIDTH,
-    "output_channels": DIM,
+    "output_channels": INNER,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "image_size": IMAGE,
@@ -362,19 +364,19 @@ _SAM_VISION = {
     "mlp_dim": 2 * WIDTH,
     "window_size": 3,
     "global_attn_indexes": [1],
-    "num_pos_feats": DIM // 2,
+    "num_pos_feats": INNER // 2,
 }
 _SAM_PROMPTS = {
-    "hidden_size": DIM,
+    "hidden_size": INNER,
     "image_size": IMAGE,
     "patch_size": 4,
-    "mask_input_channels": 8,
+    "mask_input_channels": INNER,
 }
 _SAM_DECODER = {
-    "hidden_size": DIM,
+    "hidden_size": INNER,
     "mlp_dim": 2 * WIDTH,
     "num_attention_heads": HEADS,
-    "iou_head_hidden_dim": DIM,
+    "iou_head_hidden_dim": INNER,
 }
 
 
@@ -415,15 +417,15 @@ def segment_anything() -> nn.Module:
         depth=LAYERS,
         num_heads=HEADS,
         mlp_ratio=2.0,
-        out_chans=DIM,
+        out_chans=INNER,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         window_size=3,
         global_attn_indexes=(1,),
     )
-    transformer = TwoWayTransformer(depth=2, embedding_dim=DIM, num_heads=HEADS, mlp_dim=2 * WIDTH)
-    decoder = MaskDecoder(transformer_dim=DIM, transformer=transformer, iou_head_hidden_dim=DIM)
-    return Sam(encoder, PromptEncoder(DIM, (4, 4), (IMAGE, IMAGE), 8), decoder)
+    transformer = TwoWayTransformer(depth=2, embedding_dim=INNER, num_heads=HEADS, mlp_dim=2 * WIDTH)
+    decoder = MaskDecoder(transformer_dim=INNER, transformer=transformer, iou_head_hidden_dim=INNER)
+    return Sam(encoder, PromptEncoder(INNER, (4, 4), (IMAGE, IMAGE), INNER), decoder)
 
 
 @_seeded
@@ -448,7 +450,7 @@ def hf_sam2() -> nn.Module:
                 "backbone_config": hiera,
                 "backbone_channel_list": widths[::-1],
                 "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-                "fpn_hidden_size": DIM,
+                "fpn_hidden_size": INNER,
             },
             prompt_encoder_config={**_SAM_PROMPTS, "image_size": 64, "patch_size": 16},
             mask_decoder_config=dict(_SAM_DECODER),

@@ -83,7 +83,10 @@ def test_the_family_is_found_by_the_class(name: str) -> None:
         ("hf_dinov2_registers", ("vision",)),
         ("hf_bert", ("text",)),
         ("hf_bert_classifier", ("text",)),
-        *((name, ("vision",)) for name in ("hf_sam", "segment_anything", "hf_sam2", "hf_sam_vision")),
+        *(
+            (name, ("vision",))
+            for name in ("hf_sam", "segment_anything", "hf_sam2", "hf_sam_vision")
+        ),
         *((name, ("text",)) for name in ("hf_roberta", "hf_xlm_roberta", "hf_camembert")),
         *((name, ("text",)) for name in ("hf_electra", "hf_deberta_v2", "hf_distilbert")),
         *((name, ("vision",)) for name in ("hf_deit", "hf_deit_teacher", "hf_beit", "hf_vit_mae")),
@@ -123,7 +126,9 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
         assert y.ndim == len(span.layout), role
         assert y.shape[axis] == view.width * span.block[1], role
         position, bar, keyword = span.x.partition("|")
-        if bar and span.layout != "BD" and span.aligned:  # pooled features come from pixels or tokens
+        if (
+            bar and span.layout != "BD" and span.aligned
+        ):  # pooled features come from pixels or tokens
             x = args[int(position)] if len(args) > int(position) else kwargs[keyword]
             assert x.shape[axis] == view.width_in, role
 
