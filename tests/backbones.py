@@ -374,7 +374,7 @@ _SAM_PROMPTS = {
 }
 _SAM_DECODER = {
     "hidden_size": INNER,
-    "mlp_dim": 2 * WIDTH,
+    "mlp_dim": 3 * WIDTH,
     "num_attention_heads": HEADS,
     "iou_head_hidden_dim": INNER,
 }
@@ -423,7 +423,9 @@ def segment_anything() -> nn.Module:
         window_size=3,
         global_attn_indexes=(1,),
     )
-    transformer = TwoWayTransformer(depth=2, embedding_dim=INNER, num_heads=HEADS, mlp_dim=2 * WIDTH)
+    transformer = TwoWayTransformer(
+        depth=2, embedding_dim=INNER, num_heads=HEADS, mlp_dim=3 * WIDTH
+    )
     decoder = MaskDecoder(transformer_dim=INNER, transformer=transformer, iou_head_hidden_dim=INNER)
     return Sam(encoder, PromptEncoder(INNER, (4, 4), (IMAGE, IMAGE), INNER), decoder)
 
@@ -669,7 +671,12 @@ BACKBONES: dict[str, Tiny] = {
         ),
         Tiny("hf_sam", hf_sam, clicks, _masks_and_scores),
         Tiny("segment_anything", segment_anything, clicks, lambda output: output, sam_parts),
-        Tiny("hf_sam2", hf_sam2, lambda rows: clicks(rows, 64), _masks_and_scores),
+        Tiny(
+            "hf_sam2",
+            hf_sam2,
+            lambda rows: clicks(rows, 64),
+            lambda output: (*_masks_and_scores(output), output.object_score_logits),
+        ),
         Tiny(
             "hf_sam_vision",
             hf_sam_vision,
