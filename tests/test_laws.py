@@ -680,7 +680,7 @@ def test_no_row_sees_its_batch_mates(case: Case) -> None:
         own = slice(row * depth, (row + 1) * depth)
         with torch.no_grad():
             outputs = case.tiny.outputs(model, {key: value[own] for key, value in batch.items()})
-        assert_close(outputs, tuple(output[own] for output in whole), 1e-5)
+        assert_close(outputs, tuple(output[own] for output in whole), 5e-5)
 
 
 @first_at_home

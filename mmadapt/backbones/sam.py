@@ -141,7 +141,7 @@ def encoder_blocks(
         role: Span(block, x=x, channels=second, channels_in=first),
         **{name: replace(span, rows="several") for name, span in attention.items()},
         f"{role}.mlp": Span(f"{block}.mlp", x=x, channels=second),
-        **linears(f"{role}.mlp", f"{block}.mlp", dict(zip(("up", "down"), mlp, strict=True))),
+        **linears(f"{role}.mlp", f"{block}.mlp", {"up": mlp[0], "down": mlp[1]}),
         **norms(role, block, *names),
     }
     tables = {

@@ -139,7 +139,7 @@ def _two_way(names: Names, path: str) -> dict[str, Span]:
         spans[where] = Span(module, x=names.query, channels=width)
         spans.update(linears(where, module, words))
     spans[f"{role}.mlp"] = Span(f"{block}.mlp", x=names.x, channels=channels)
-    inner = dict(zip(("up", "down"), names.mlp, strict=True))
+    inner = {"up": names.mlp[0], "down": names.mlp[1]}
     spans.update(linears(f"{role}.mlp", f"{block}.mlp", inner))
     for place in range(1, 5):
         spans[f"{role}.norm{place}"] = norm(f"{block}.{names.norm}{place}")

@@ -125,9 +125,10 @@ class SpaceDepthLayer(Layer):
         return to_slices(self._bottleneck(attended, "depth"), *normed.shape[1:3])
 
     def _bottleneck(self, z: Tensor, branch: str) -> Tensor:
-        names = ("down", "down_bias", "up", "up_bias")
-        tensors = (getattr(self, f"{branch}_{name}") for name in names)
-        return bottleneck(z, *tensors, self.activation, 1.0)
+        down, down_bias, up, up_bias = (
+            getattr(self, f"{branch}_{name}") for name in ("down", "down_bias", "up", "up_bias")
+        )
+        return bottleneck(z, down, down_bias, up, up_bias, self.activation, 1.0)
 
 
 class HyperPromptLayer(Layer):
