@@ -208,6 +208,32 @@ def test_an_adapter_trained_in_one_library_acts_alike_in_the_other(
     assert_close(outputs("hf_sam", ours), adapted, 1e-3)
 
 
+# -- sites whose output holds other positions than their input --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("hf_sam", "vision.neck"),  # grid last in, grid first out
+        ("hf_sam2", "vision.layers[1].attn"),  # pools its queries
+        ("hf_sam2", "vision.layers[2]"),
+    ],
+)
+def test_what_is_read_from_the_input_is_not_added_to_other_positions(name: str, at: str) -> None:
+    for adapter in (
+        mm.Bottleneck(4, placement="parallel"),
+        mm.Convpass(4),
+        mm.BiAdaptFormer(4),
+        mm.AdapterBias(),
+    ):
+        with pytest.raises(mm.errors.AdapterError, match="other positions|last axis"):
+            mm.attach(BACKBONES[name].fresh(), adapter, at=at)
+    model = BACKBONES[name].fresh()
+    bare = outputs(name, model)
+    randomise(mm.attach(model, mm.Bottleneck(4), at=at))
+    assert differ(outputs(name, model), bare)
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,8 @@ class Segmenter:
             mask = mask.detach().float().cpu().numpy()
         if mask is not None and numpy.ndim(mask) == 3 and len(mask) == 1:
             mask = mask[0]
-        given = check_prompts(image.size, points, labels, box, mask, (self.mask_side,) * 2)
+        low_size = (self.mask_side, self.mask_side)
+        given = check_prompts(image.size, points, labels, box, mask, low_size)
         like = image.embedding
         low, overlaps = decode(
             self.model,
