@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         Bottleneck,
         ClipAdapter,
         Compacter,
+        ConvDepth,
         Convpass,
         Head,
         Invertible,
         LlamaAdapter,
         LoRA,
+        MedSA,
         ScaleShift,
         TipAdapter,
         Unlock,
@@ -59,9 +61,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter Convpass Head "
-        "Invertible LlamaAdapter LoRA ScaleShift TipAdapter Unlock ZeroInitAttention "
-        "register_adapter"
+        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvDepth "
+        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift TipAdapter Unlock "
+        "ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

@@ -21,6 +21,10 @@ IMAGE, PATCH, VOCABULARY, CONTEXT = 16, 8, 32, 6
 CLASSES = 5
 
 
+def _call(model: Any, batch: dict[str, Tensor]) -> Any:
+    return model(**batch)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One backbone: how to build it, what it takes (as keywords) and what it gives."""
@@ -29,6 +33,8 @@ class Tiny:
     build: Callable[[], nn.Module]
     batch: Callable[[int], dict[str, Tensor]]
     read: Callable[[Any], tuple[Tensor, ...]]
+    #: how a batch goes through, where a plain call has no gradients
+    call: Callable[[Any, dict[str, Tensor]], Any] = _call
 
     def fresh(self) -> nn.Module:
         """An own copy, in eval mode and with every tensor requiring a gradient."""
@@ -36,7 +42,7 @@ class Tiny:
 
     def outputs(self, model: Any, batch: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The main output tensors, rows first."""
-        return self.read(model(**(self.batch(3) if batch is None else batch)))
+        return self.read(self.call(model, self.batch(3) if batch is None else batch))
 
     @property
     def family(self) -> str:
@@ -369,6 +375,154 @@ def open_clip_timm() -> nn.Module:
     return model
 
 
+# -- SAM -------------------------------------------------------------------------------------------
+
+#: width behind the encoder: upscaling norms a quarter of it, and norms of two channels are signs
+INNER = 32
+#: 4 × 4 patches in windows of 3 × 3, so that windows stick out
+_SAM_VISION = {
+    "hidden_size": WIDTH,
+    "output_channels": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "image_size": IMAGE,
+    "patch_size": 4,
+    "mlp_dim": 2 * WIDTH,
+    "window_size": 3,
+    "global_attn_indexes": [1],
+    "num_pos_feats": INNER // 2,
+}
+_SAM_PROMPTS = {
+    "hidden_size": INNER,
+    "image_size": IMAGE,
+    "patch_size": 4,
+    "mask_input_channels": INNER,
+}
+_SAM_DECODER = {
+    "hidden_size": INNER,
+    "mlp_dim": 3 * WIDTH,
+    "num_attention_heads": HEADS,
+    "iou_head_hidden_dim": INNER,
+}
+
+
+@_seeded
+def hf_sam() -> nn.Module:
+    from transformers import SamConfig, SamModel
+
+    return SamModel(
+        SamConfig(
+            vision_config=dict(_SAM_VISION),
+            prompt_encoder_config=dict(_SAM_PROMPTS),
+            mask_decoder_config=dict(_SAM_DECODER),
+        )
+    )
+
+
+@_seeded
+def hf_sam_vision() -> nn.Module:
+    from transformers import SamVisionConfig, SamVisionModel
+
+    return SamVisionModel(SamVisionConfig(**_SAM_VISION))
+
+
+@_seeded
+def segment_anything() -> nn.Module:
+    from segment_anything.modeling import (
+        ImageEncoderViT,
+        MaskDecoder,
+        PromptEncoder,
+        Sam,
+        TwoWayTransformer,
+    )
+
+    encoder = ImageEncoderViT(
+        img_size=IMAGE,
+        patch_size=4,
+        embed_dim=WIDTH,
+        depth=LAYERS,
+        num_heads=HEADS,
+        mlp_ratio=2.0,
+        out_chans=INNER,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1,),
+    )
+    transformer = TwoWayTransformer(
+        depth=2, embedding_dim=INNER, num_heads=HEADS, mlp_dim=3 * WIDTH
+    )
+    decoder = MaskDecoder(transformer_dim=INNER, transformer=transformer, iou_head_hidden_dim=INNER)
+    return Sam(encoder, PromptEncoder(INNER, (4, 4), (IMAGE, IMAGE), INNER), decoder)
+
+
+@_seeded
+def hf_sam2() -> nn.Module:
+    from transformers import Sam2Config, Sam2Model
+
+    widths = [DIM, WIDTH, 2 * WIDTH, 4 * WIDTH]
+    hiera = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": DIM,
+        "image_size": [64, 64],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": widths,
+        "num_attention_heads_per_stage": [1, 1, 2, 2],
+        "window_size_per_stage": [4, 2, 2, 2],
+        "global_attention_blocks": [3],
+        "mlp_ratio": 2.0,
+    }
+    return Sam2Model(
+        Sam2Config(
+            vision_config={
+                "backbone_config": hiera,
+                "backbone_channel_list": widths[::-1],
+                "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+                "fpn_hidden_size": INNER,
+            },
+            prompt_encoder_config={**_SAM_PROMPTS, "image_size": 64, "patch_size": 16},
+            mask_decoder_config=dict(_SAM_DECODER),
+        )
+    )
+
+
+def clicks(rows: int, image: int = IMAGE) -> dict[str, Tensor]:
+    """An image, two points (x, y) in it with a label each, and a mask, for every row."""
+    draw = torch.Generator().manual_seed(15)
+    return {
+        "pixel_values": torch.randn(rows, 3, image, image, generator=draw),
+        "input_points": image * torch.rand(rows, 1, 2, 2, generator=draw),
+        "input_labels": torch.randint(0, 2, (rows, 1, 2), generator=draw),
+        "input_masks": torch.randn(rows, 1, 16, 16, generator=draw),
+    }
+
+
+def sam_parts(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """segment_anything as it is trained: its three parts, the decoder image by image."""
+    embedded = model.image_encoder(batch["pixel_values"])
+    masks, scores = [], []
+    for place, image in enumerate(embedded):
+        sparse, dense = model.prompt_encoder(
+            points=(batch["input_points"][place], batch["input_labels"][place]),
+            boxes=None,
+            masks=batch["input_masks"][place, None],
+        )
+        decoded = model.mask_decoder(
+            image_embeddings=image[None],
+            image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+        masks.append(decoded[0][None])
+        scores.append(decoded[1][None])
+    return torch.cat(masks), torch.cat(scores)
+
+
+def _masks_and_scores(output: Any) -> tuple[Tensor, ...]:
+    return output.pred_masks, output.iou_scores
+
+
 # -- models of no known family, for the generic anatomy ----------------------------------------
 
 
@@ -570,6 +724,20 @@ BACKBONES: dict[str, Tiny] = {
             _hf_decoder("Gemma", "ForCausalLM", tie_word_embeddings=True),
             lambda rows: {"input_ids": tokens(rows)},
             lambda output: (output.logits,),
+        ),
+        Tiny("hf_sam", hf_sam, clicks, _masks_and_scores),
+        Tiny("segment_anything", segment_anything, clicks, lambda output: output, sam_parts),
+        Tiny(
+            "hf_sam2",
+            hf_sam2,
+            lambda rows: clicks(rows, 64),
+            lambda output: (*_masks_and_scores(output), output.object_score_logits),
+        ),
+        Tiny(
+            "hf_sam_vision",
+            hf_sam_vision,
+            lambda rows: {"pixel_values": pixels(rows)},
+            lambda output: (output.last_hidden_state,),
         ),
         Tiny("timm_swin", timm_swin, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
         Tiny(

@@ -28,6 +28,10 @@ FAMILIES = {
     "hf_dinov2_registers": "dinov2",
     "hf_bert": "bert",
     "hf_bert_classifier": "bert",
+    "hf_sam": "sam",
+    "segment_anything": "sam",
+    "hf_sam2": "sam2",
+    "hf_sam_vision": "sam-vision",
     "timm_swin": "generic",
     "own_transformer": "generic",
     "hf_roberta": "roberta",
@@ -93,6 +97,10 @@ def test_the_family_is_found_by_the_class(name: str) -> None:
         ("hf_dinov2_registers", ("vision",)),
         ("hf_bert", ("text",)),
         ("hf_bert_classifier", ("text",)),
+        *(
+            (name, ("vision",))
+            for name in ("hf_sam", "segment_anything", "hf_sam2", "hf_sam_vision")
+        ),
         *((name, ("text",)) for name in ("hf_roberta", "hf_xlm_roberta", "hf_camembert")),
         *((name, ("text",)) for name in ("hf_electra", "hf_deberta_v2", "hf_distilbert")),
         *((name, ("vision",)) for name in ("hf_deit", "hf_deit_teacher", "hf_beit", "hf_vit_mae")),
@@ -137,7 +145,7 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
         assert y.shape[axis] == view.width * span.block[1], role
         position, bar, keyword = span.x.partition("|")
         ids = role == "text.embeddings"  # pooled features come from pixels or tokens too
-        if bar and span.layout != "BD" and not ids:
+        if bar and span.layout != "BD" and span.aligned and not ids:
             x = args[int(position)] if len(args) > int(position) else kwargs[keyword]
             assert x.shape[axis] == view.width_in, role
 

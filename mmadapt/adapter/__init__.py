@@ -21,6 +21,7 @@ from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
+from mmadapt.adapter.volume import ConvDepth, MedSA
 from mmadapt.adapter.zero_init import LlamaAdapter, ZeroInitAttention
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     "Bottleneck",
     "ClipAdapter",
     "Compacter",
+    "ConvDepth",
     "Convpass",
     "Head",
     "Invertible",
     "LlamaAdapter",
     "LoRA",
+    "MedSA",
     "ScaleShift",
     "TipAdapter",
     "Unlock",

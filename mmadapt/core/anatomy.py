@@ -294,6 +294,10 @@ KNOWN: dict[str, str] = {
     "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": (
         "mmadapt.backbones.vit:vit_anatomy"
     ),
+    "transformers.models.sam.modeling_sam.SamModel": "mmadapt.backbones.sam:sam_anatomy",
+    "transformers.models.sam.modeling_sam.SamVisionModel": "mmadapt.backbones.sam:sam_vision_anatomy",
+    "transformers.models.sam2.modeling_sam2.Sam2Model": "mmadapt.backbones.sam2:sam2_anatomy",
+    "segment_anything.modeling.sam.Sam": "mmadapt.backbones.sam:segment_anything_anatomy",
     "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",
 }
 

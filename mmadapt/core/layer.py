@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmadapt.errors import AdapterError
+
 if TYPE_CHECKING:
     from mmadapt.core.context import Context
     from mmadapt.core.site import SiteView
@@ -104,6 +106,17 @@ class Layer(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Numbers worth showing in `inspect`, such as gates; plain floats."""
         return {}
+
+
+def require_aligned(site: SiteView, what: str) -> None:
+    """Refuse a site whose input's positions or layout are not its output's."""
+    if not site.span.aligned:
+        raise AdapterError(
+            f"{what} adds what it reads from the input of {site.name} to its output, which holds other "
+            "positions",
+            "choose other sites with at=, such as 'vision.layers[*].mlp', or a method that reads the "
+            "output",
+        )
 
 
 def empty(site: SiteView, *shape: int) -> nn.Parameter:

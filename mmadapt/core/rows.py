@@ -68,6 +68,11 @@ def _stacked(bank: Bank, hook: SiteHook, names: list[str]) -> Stacked:
     """The layers of these attachments at one site, if rows can choose among them."""
     site = hook.site.name
     layers = [bank.records[name].layers[site] for name in names]
+    if hook.site.span.rows == "unknown":
+        raise AttachError(
+            f"rows of one batch cannot differ at {site}: what it is called with are prompts of one image",
+            "call it for the prompts of one attachment at a time, or choose sites of the image encoder",
+        )
     if hook.site.port != "out":
         raise AttachError(
             f"rows of one batch cannot differ at {site}: a call has one weight for all of them"
@@ -148,7 +153,12 @@ class RowPlan:
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         """acc + each row's own change."""
-        if acc.shape[0] != len(self.picks.slots):
+        rows = len(self.picks.slots)
+        if site.span.rows == "several" and acc.shape[0] != rows and not acc.shape[0] % rows:
+            # those of one row of the batch lie side by side, and so can be one row of positions
+            acc, y, x = (t.unflatten(0, (rows, -1)) for t in (acc, y, x))
+            return self.first.after_rows(self.operands(), acc, y, x).flatten(0, 1)
+        if acc.shape[0] != rows:
             raise CheckError(
                 f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.picks.slots)}",
                 "name one attachment, or None, for every row of the batch",

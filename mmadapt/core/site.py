@@ -61,6 +61,10 @@ class Span:
     block: tuple[int, int] = (0, 1)
     #: where heads meet their output projection: function of the attention module around it
     attention: Callable[[Any], Attention] | None = None
+    #: whether x and y hold the same positions in the same layout, so that a change read from x fits y
+    aligned: bool = True
+    #: rows at y for each row of the batch: "one"; "several", side by side (windows, prompts); "unknown"
+    rows: str = "one"
 
 
 @dataclass(eq=False)

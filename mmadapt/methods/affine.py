@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform, require_aligned
 from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import channel_axis, directed_shift, scale_shift
 
@@ -97,6 +97,7 @@ class AdapterBiasLayer(Layer):
                 "does not have",
                 "choose a site such as '*.layers[*].mlp.down'",
             )
+        require_aligned(site, "AdapterBias")
         if not adapter.shared_gate:
             self.gate, self.gate_bias = _gate(site, generator)
         self.direction = empty(site, site.width)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform, require_aligned
 from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import (
     ACTIVATIONS,
@@ -59,6 +59,8 @@ class BottleneckLayer(Layer):
                 f"a parallel Bottleneck reads the input of {site.name}, which is not made of features",
                 'use placement="sequential" there',
             )
+        if self.parallel:
+            require_aligned(site, "a parallel Bottleneck")
         self.activation = adapter.activation
         self.dropout = float(adapter.dropout)
         self.drop_path = float(adapter.drop_path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmadapt.core.layer import Layer, empty, fill_uniform
+from mmadapt.core.layer import Layer, empty, fill_uniform, require_aligned
 from mmadapt.core.site import NO_GRID
 from mmadapt.errors import AdapterError
 from mmadapt.ops.reference import quick_gelu
@@ -43,6 +43,7 @@ class ConvpassLayer(Layer):
                 f"Convpass convolves over image patches, and {site.name} has none",
                 "choose a site such as 'vision.layers[*].mlp'",
             )
+        require_aligned(site, "Convpass")
         self.layout = site.span.layout
         self.grid = adapter.grid
         self.scale = float(adapter.scale)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform, require_aligned
 from mmadapt.errors import AdapterError, AdapterFileError
 from mmadapt.ops.reference import (
     bottleneck,
@@ -55,6 +55,7 @@ class BiAdaptFormerLayer(Layer):
                 f"BiAdaptFormer reads the input of {site.name}, which is not made of features",
                 "choose a site such as '*.layers[*].mlp'",
             )
+        require_aligned(site, "BiAdaptFormer")
         self.bits = adapter.bits
         self.codes = normal_codes(adapter.bits)
         self.activation = adapter.activation
