@@ -703,7 +703,7 @@ def test_no_row_sees_its_batch_mates(case: Case) -> None:
 
 @first_at_home
 def test_compiled_code_equals_eager_and_sees_attach_and_switch(case: Case) -> None:
-    compiles(case, "aot_eager", 1e-6)
+    compiles(case, "aot_eager", 3e-6)
 
 
 #: one method for each port, on the library whose modules make it hardest

@@ -51,7 +51,8 @@ class Span:
     channels: str = ""
     #: the same for x, where it differs from y
     channels_in: str = ""
-    #: order of the axes at y: B batch, T tokens, C channels, D pooled features, K classes
+    #: order of the axes at y: B batch, T tokens, H rows, W columns, P prompts of an image, C channels,
+    #: D pooled features, K classes
     layout: str = "BTC"
     #: of T, tokens (class, registers) before an image's patches, in reading order;
     #: NO_GRID: patches in no order; None: not known

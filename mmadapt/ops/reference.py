@@ -104,7 +104,8 @@ def couple(
     else:
         first = first + bottleneck(second, *f, activation, 1.0)
         second = second + bottleneck(first, *g, activation, 1.0)
-    return torch.cat((first, second), dim=-1).to(z.dtype)
+    # in z's own memory layout: another one makes the backbone's kernels round otherwise
+    return torch.empty_like(z).copy_(torch.cat((first, second), dim=-1))
 
 
 def drop_rows(delta: Tensor, probability: float) -> Tensor:
