@@ -19,6 +19,7 @@ from mmadapt.tasks.segment.metrics import (
     summary,
     surface_dice,
 )
+from mmadapt.tasks.segment.model import decoder_sites
 from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
@@ -33,6 +34,7 @@ __all__ = [
     "check_image",
     "check_prompts",
     "click_on_error",
+    "decoder_sites",
     "dice",
     "dice_cross_entropy",
     "first_clicks",
