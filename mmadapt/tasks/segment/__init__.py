@@ -13,6 +13,7 @@ print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)],
 """
 
 from mmadapt.tasks.segment.clicks import boxes_around, click_on_error, first_clicks, shared_clicks
+from mmadapt.tasks.segment.figure import before_after, overlay, slices
 from mmadapt.tasks.segment.images import WINDOWS, check_image, check_stack, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
@@ -22,7 +23,7 @@ from mmadapt.tasks.segment.metrics import (
     summary,
     surface_dice,
 )
-from mmadapt.tasks.segment.model import decode, embed
+from mmadapt.tasks.segment.model import decode, decoder_sites, embed
 from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
@@ -34,18 +35,22 @@ __all__ = [
     "Prompts",
     "Segmenter",
     "Summary",
+    "before_after",
     "boxes_around",
     "check_image",
     "check_prompts",
     "check_stack",
     "click_on_error",
     "decode",
+    "decoder_sites",
     "dice",
     "dice_cross_entropy",
     "embed",
     "first_clicks",
     "hausdorff",
+    "overlay",
     "shared_clicks",
+    "slices",
     "summary",
     "surface_dice",
     "window",

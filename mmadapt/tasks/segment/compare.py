@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mmadapt.adapter import Adapter, Bottleneck, ConvDepth, Convpass, LoRA, MedSA, Unlock
-from mmadapt.adapter.volume import DECODER
 from mmadapt.core.attach import attach, disabled
 from mmadapt.core.attachment import Attachment
 from mmadapt.core.backbone import Backbone, unwrap_model
@@ -22,6 +21,7 @@ from mmadapt.errors import MissingDependencyError
 from mmadapt.tasks.segment.clicks import boxes_around, first_clicks
 from mmadapt.tasks.segment.loss import PromptedLoss
 from mmadapt.tasks.segment.metrics import dice, hausdorff
+from mmadapt.tasks.segment.model import decoder_sites
 from mmadapt.tasks.segment.organs import SPACING, fixed_ellipsoid
 from mmadapt.tasks.segment.scenes import scenes
 from mmadapt.tasks.segment.segmenter import Segmenter
@@ -29,8 +29,6 @@ from mmadapt.train.fit import fit
 from mmadapt.train.history import History
 
 ADAPTER_RATE, DECODER_RATE, WHOLE_RATE = 3e-3, 1e-3, 5e-4
-#: every tensor of the mask decoder that SAM has; the others are SAM 2's
-_DECODER = tuple(site for site in DECODER if not re.search(r"object|fine|tokens\.\*\.bias", site))
 _MLPS = Bottleneck(16, at=("vision.layers[*].mlp", "decoder.layers[*].mlp"))
 _DECODER_MLPS = Bottleneck(16, at=("decoder.layers[*].mlp",))
 
@@ -41,13 +39,14 @@ class Method:
 
     adapters: tuple[Adapter, ...] | None
     rate: float = ADAPTER_RATE
+    at: Callable[[Any], tuple[str, ...]] = lambda m: ()
     #: whether slices see their neighbours
     depth: bool = False
 
 
 #: the widths of the two controls give as many parameters as ConvDepth has, within 2 %
 METHODS: dict[str, Method] = {
-    "decoder only": Method((Unlock(at=_DECODER),), DECODER_RATE),
+    "decoder only": Method((Unlock(),), DECODER_RATE, decoder_sites),
     "LoRA": Method((LoRA(8),)),
     "Bottleneck": Method((_MLPS,)),
     "MedSA, slice by slice": Method((MedSA(),)),
@@ -146,7 +145,7 @@ def adapt(
     if method.adapters is None:
         unwrap_model(m).requires_grad_(True)
     else:
-        attachment = attach(m, list(method.adapters), name=name, seed=seed)
+        attachment = attach(m, list(method.adapters), name=name, at=method.at(m) or None, seed=seed)
     history = fit(
         m,
         data,
