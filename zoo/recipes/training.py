@@ -39,6 +39,9 @@ class Run:
         """The losses of one step, by name; "total" is minimised."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """What follows every update, such as a bound on a parameter."""
+
     def advance(self) -> dict[str, float]:
         """Do one step; returns its losses."""
         rate = self.rate * min(1.0, (self.step + 1) / 200)
@@ -50,6 +53,7 @@ class Run:
         losses["total"].backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
+        self.settle()
         self.step += 1
         keep = min(AVERAGING, self.step / (self.step + 10))
         with torch.no_grad():

@@ -139,9 +139,9 @@ def adapt(
     seed: int,
     steps: int,
     batch: int,
-) -> tuple[Attachment | None, History]:
-    """Attach and train, with one click per case."""
-    attachment = None
+) -> tuple[Attachment | None, History, float]:
+    """Attach and train, with one click per case; the last is CPU seconds."""
+    attachment, started = None, time.process_time()
     if method.adapters is None:
         unwrap_model(m).requires_grad_(True)
     else:
@@ -156,7 +156,7 @@ def adapt(
         seed=seed,
         progress=False,
     )
-    return attachment, history
+    return attachment, history, time.process_time() - started
 
 
 def predictions(m: Any, cases: Cases) -> list[np.ndarray]:
@@ -199,27 +199,15 @@ def source_overlap(m: Any, count: int = 128, seed: int = 7_000_000) -> dict[str,
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def run_method(
-    m: Backbone,
-    name: str,
-    data: tuple[Tensor, Tensor],
-    test: Cases,
-    *,
-    seed: int = 0,
-    steps: int = 130,
-    batch: int = 2,
-    scenes: int = 128,
+def finish(
+    m: Any, name: str, history: History, seconds: float, seed: int, test: Cases, scenes: int = 128
 ) -> Result:
-    """Adapt a fresh backbone in one way, and measure it on new cases and on the scenes it knows."""
-    method = METHODS[name]
-    started = time.process_time()
-    attachment, history = adapt(m, method, data, name="organs", seed=seed, steps=steps, batch=batch)
-    seconds = time.process_time() - started
+    """Measure an adapted model on new cases and on the scenes it knows, with the adaptation on and off."""
     result = Result(
         name, history.parameters or 0, seed, *score(predictions(m, test), test), seconds
     )
     result.source_on = source_overlap(m, scenes)
-    if attachment is not None:
+    if METHODS[name].adapters is not None:
         with disabled(m):
             result.source_off = source_overlap(m, scenes)
     return result

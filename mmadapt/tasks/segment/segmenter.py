@@ -145,7 +145,7 @@ class Segmenter:
 
     def _prompts(
         self, image: Encoded, points: Any, labels: Any, box: Any, mask: Any
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Points, labels, boxes and masks as `decode` takes them, a row for each embedding."""
         if isinstance(mask, Tensor):
             mask = mask.detach().float().cpu().numpy()
