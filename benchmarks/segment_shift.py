@@ -152,6 +152,18 @@ def table(known: dict[str, Any], part: str) -> str:
     return "\n".join(lines)
 
 
+def source_table(metrics: dict[str, Any]) -> str:
+    """What the backbone's own recipe measured."""
+    seen, unseen = metrics["iou"]["seen"], metrics["iou"]["held_out_shapes"]
+    lines = [
+        f"| asked by | {metrics['n']:,} new scenes | {metrics['n']:,} scenes of shapes never shown |",
+        "|---|---|---|",
+    ]
+    for name in seen:
+        lines.append(f"| {metrics['definitions'][name]} | {seen[name]:.3f} | {unseen[name]:.3f} |")
+    return "\n".join(lines)
+
+
 def source(rows: list[dict[str, Any]], prompt: str) -> str:
     """What the scenes the backbone knows still get, with the adaptation on and off."""
 
@@ -164,11 +176,13 @@ def source(rows: list[dict[str, Any]], prompt: str) -> str:
 
 def write(document: str, known: dict[str, Any]) -> str:
     """The document with its tables between their markers."""
-    for part in SETTINGS:
-        begin, end = f"<!-- {part} table -->", f"<!-- end of {part} table -->"
+    tables = {part: table(known, part) for part in SETTINGS}
+    tables["source"] = source_table(mm.zoo.entry(BACKBONE).metrics)
+    for name, text in tables.items():
+        begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
         before, _, rest = document.partition(begin)
         _, _, after = rest.partition(end)
-        document = f"{before}{begin}\n{table(known, part)}\n{end}{after}"
+        document = f"{before}{begin}\n{text}\n{end}{after}"
     return document
 
 

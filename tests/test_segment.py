@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mmadapt as mm
 from mmadapt.tasks import segment
-from mmadapt.tasks.segment import organs
+from mmadapt.tasks.segment import compare, organs
 from mmadapt.tasks.segment.scenes import scenes
 
 Refused = mm.errors.DataError
@@ -595,3 +595,88 @@ def test_the_fixed_ellipsoid_by_hand() -> None:
     ]
     ball = organs.fixed_ellipsoid((5, 2), (3, 8, 10), 1.5, 1.2)
     assert (ball[1] == disc).all() and ball[0].sum() == 1 and ball[2, 2, 5]
+
+
+# -- far from its scenes ---------------------------------------------------------------------------
+
+
+def volumes(count: int, seed: int) -> compare.Cases:
+    return compare.Cases(*organs.volumes(count, seed=seed))
+
+
+def test_an_adapter_that_was_not_trained_changes_no_answer() -> None:
+    test, bare = volumes(2, 5), mm.load("tiny/sam")
+    before = compare.predictions(bare, test)
+    for method in ("ConvDepth", "MedSA, with depth", "decoder only"):
+        model = mm.load("tiny/sam")
+        own = compare.METHODS[method]
+        mm.attach(model, list(own.adapters or ()), at=own.at(model) or None)
+        after = compare.predictions(model, test)
+        assert all((a == b).mean() > 0.999 for a, b in zip(after, before, strict=True))
+
+
+def test_the_controls_have_as_many_parameters() -> None:
+    def count(name: str) -> int:
+        return mm.attach(
+            mm.load("tiny/sam"), list(compare.METHODS[name].adapters or ())
+        ).num_parameters
+
+    wanted = count("ConvDepth")
+    for control in ("ConvDepth of one slice (control)", "Convpass (control)"):
+        assert count(control) == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_decoder_alone_is_all_of_the_decoder() -> None:
+    model: Any = mm.load("tiny/sam")
+    method = compare.METHODS["decoder only"]
+    attachment = mm.attach(model, list(method.adapters or ()), at=method.at(model))
+    whole = sum(p.numel() for p in model.model.mask_decoder.parameters())
+    assert attachment.num_parameters == whole
+
+
+def test_scores_are_those_of_each_case() -> None:
+    cases = volumes(3, 6)
+    same, none = [*cases.masks], [numpy.zeros_like(mask) for mask in cases.masks]
+    assert compare.score(same, cases) == ([1.0] * 3, [0.0] * 3)
+    assert cases.spacing == (2.5, 1.0, 1.0)
+    far = math.sqrt(30**2 + 64**2 + 64**2)
+    assert compare.score(none, cases) == ([0.0] * 3, pytest.approx([far] * 3))
+    result = compare.Result("nothing", 0, 0, *compare.score(none, cases))
+    assert result.mean == 0.0 and result.missed == 3 and result.distance == pytest.approx(far)
+
+
+def test_mirrored_cases_keep_image_and_mask_together() -> None:
+    cases = volumes(2, 7)
+    model = mm.load("tiny/sam")
+    pixels, masks = compare.training_tensors(model, cases)
+    assert pixels.shape == (8, 12, 3, 64, 64) and masks.shape == (8, 12, 64, 64)
+    plain = segment.Segmenter(model).prepare(cases.slices[1, 5], grey=True)
+    for place, axes in enumerate([(), (-1,), (-2,), (-1, -2)]):
+        assert torch.equal(pixels[2 * place + 1, 5], plain.flip(axes))
+        assert torch.equal(masks[2 * place + 1, 5], torch.from_numpy(cases.masks[1, 5]).flip(axes))
+    flat = compare.Cases(*organs.images(2, seed=7))
+    assert compare.training_tensors(model, flat, flips=False)[0].shape == (2, 3, 64, 64)
+
+
+def test_the_fixed_ellipsoid_is_the_best_one_on_the_training_cases() -> None:
+    train = volumes(3, 8)
+    result = compare.run_ellipsoid(train, train)
+    shape = train.slices.shape[1:]
+    for size in ((8.0, 3.0), (14.0, 5.0), (20.0, 2.0)):
+        other = [organs.fixed_ellipsoid(click, shape, *size) for click in train.clicks]
+        assert numpy.mean(compare.score_dice(other, train)) <= result.mean + 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ConvDepth", "MedSA, with depth", "Bottleneck"])
+def test_a_few_steps_beat_the_frozen_backbone(method: str) -> None:
+    train, test = volumes(12, 1), volumes(12, 2)
+    model = mm.load("tiny/sam")
+    frozen = numpy.mean(compare.score_dice(compare.predictions(model, test), test))
+    data = compare.training_tensors(model, train)
+    compare.adapt(model, compare.METHODS[method], data, name="organs", seed=0, steps=50, batch=2)
+    adapted = numpy.mean(compare.score_dice(compare.predictions(model, test), test))
+    assert adapted > frozen + 0.05
+    with mm.disabled(model):
+        again = numpy.mean(compare.score_dice(compare.predictions(model, test), test))
+    assert again == frozen

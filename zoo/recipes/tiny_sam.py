@@ -25,7 +25,8 @@ from mmadapt.tasks.segment.segmenter import DEVIATION, MEAN
 
 SEED = 0
 BATCH = 16
-STEPS = 4500
+STEPS = 3300
+HORIZON, COOL_DOWN = 15 / 11, 8 / 33  # of the steps: a longer cosine, cut short by a linear end
 PEAK_LEARNING_RATE = 1.2e-3
 
 PATCH, WIDTH, LAYERS, CHANNELS = 8, 128, 4, 64
@@ -102,7 +103,10 @@ class Training(Run):
 
     def __init__(self, steps: int) -> None:
         torch.manual_seed(SEED)
-        super().__init__({"model": build_model()}, steps, PEAK_LEARNING_RATE, SEED)
+        horizon, cool_down = round(steps * HORIZON), round(steps * COOL_DOWN)
+        super().__init__(
+            {"model": build_model()}, steps, PEAK_LEARNING_RATE, SEED, horizon, cool_down
+        )
 
     def losses(self) -> dict[str, Tensor]:
         images, masks = draw_scenes(BATCH, self.generator)

@@ -20,11 +20,21 @@ class Run:
 
     `modules` are named and checkpointed; the one called "model" is what is shipped. A subclass gives
     `losses`, which draws from `self.generator` and returns named losses of one step; `total` of them
-    is what is minimised.
+    is what is minimised. The rate follows a cosine down to nothing at `horizon`, the last step
+    unless another is given, and is led to nothing over the last `cool_down` steps besides.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], steps: int, rate: float, seed: int) -> None:
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        steps: int,
+        rate: float,
+        seed: int,
+        horizon: int | None = None,
+        cool_down: int = 0,
+    ) -> None:
         self.modules, self.model = modules, modules["model"]
+        self.horizon, self.cool_down = horizon or steps, cool_down
         self.steps, self.rate, self.step, self.cpu_seconds = steps, rate, 0, 0.0
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
@@ -45,7 +55,9 @@ class Run:
     def advance(self) -> dict[str, float]:
         """Do one step; returns its losses."""
         rate = self.rate * min(1.0, (self.step + 1) / 200)
-        rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.steps)) + 0.003
+        rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.horizon)) + 0.003
+        if self.cool_down:
+            rate *= min(1.0, (self.steps - self.step) / self.cool_down)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         losses = self.losses()
