@@ -35,7 +35,7 @@ from mmadapt.tasks.segment.compare import (
 from mmadapt.train.cache import data_digest
 
 BACKBONE = "tiny/sam"
-FLAT, KEPT = "Bottleneck", "ConvDepth"
+FLAT, KEPT = "MedSA, slice by slice", "MedSA, with depth"
 TEST_VOLUMES = 24
 STEPS, BATCH = 110, 2
 SCENES = 64  # of those the backbone knows
