@@ -169,7 +169,7 @@ def _report(
     )
     page.heading("The adapter that was kept")
     page.table(attachment.summary())
-    page.figure(loss_figure({KEPT: history.losses}), "Training loss.")
+    page.figure(loss_figure({KEPT: history.losses}, "Dice + cross-entropy"), "Training loss.")
     gains = np.array(score_dice(after, test)) - np.array(score_dice(before, test))
     order = np.argsort(gains)
     chosen = [int(order[-1]), int(order[len(order) // 2]), int(order[0])]
