@@ -83,13 +83,17 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     },
     "med_sa": {
         "paper": mm.MedSA(scale=3.0),
-        "released": mm.MedSA(variant="released", start="published"),
+        "released": mm.MedSA("released", start="published", relative_positions="zero"),
         "volume": mm.MedSA(depth=True, scale=3.0),
         "grid": mm.MedSA("released", depth=True, depth_layout="grid", decoder="frozen", scale=3.0),
     },
     "conv_depth": {
         "volume": mm.ConvDepth(4),
         "behind": mm.ConvDepth(4, kernel=5, norm=False, at="vision.layers[*]:out"),
+    },
+    "sam_med2d": {
+        "encoder": mm.SAMMed2D(),
+        "whole": mm.SAMMed2D(decoder="trained", start="published"),
     },
     "convpass": {
         "identity-kernel": mm.Convpass(4, scale=0.5, dropout=0.0),
@@ -138,6 +142,12 @@ FACTS: dict[str, dict[str, Any]] = {
 QUIET: dict[tuple[str, str], str] = {
     ("med_sa", "decoder.masks[0]"): "it makes the single mask, and three are asked for",
     ("med_sa", ".k.bias"): "it moves all of a query's logits alike, which softmax does not see",
+    ("sam_med2d", "decoder.masks[0]"): "it makes the single mask, and three are asked for",
+    ("sam_med2d", ".k.bias"): "it moves all of a query's logits alike, which softmax does not see",
+    ("sam_med2d", "prompt.points[2]"): "it is the corner of a box, and the prompts are points",
+    ("sam_med2d", "prompt.points[3]"): "it is the corner of a box, and the prompts are points",
+    ("sam_med2d", "prompt.no_mask"): "it stands for a mask, and every image has one",
+    ("sam_med2d", "prompt.no_point"): "it stands for a point that is not there",
 }
 
 #: (method, law) -> why it does not apply
@@ -616,7 +626,7 @@ def _gradients(
     outputs: tuple[Tensor, ...], batch: dict[str, Tensor], attachment: Any
 ) -> list[Tensor]:
     wanted = [*attachment.parameters(), *(t for t in batch.values() if t.requires_grad)]
-    return list(torch.autograd.grad(scalar(outputs), wanted))
+    return list(torch.autograd.grad(scalar(outputs), wanted, materialize_grads=True))
 
 
 @every_case

@@ -19,6 +19,7 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.segmentation import SAMMed2D
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -42,6 +43,7 @@ __all__ = [
     "LlamaAdapter",
     "LoRA",
     "MedSA",
+    "SAMMed2D",
     "ScaleShift",
     "TipAdapter",
     "Unlock",

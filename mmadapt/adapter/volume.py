@@ -50,7 +50,8 @@ class MedSA(Adapter):
     The paper leaves the sizes of the first one open; ours are `hyper_width` channels inside,
     `hyper_layers` generated matrices, and the mean of the embedded prompts reduced to
     `prompt_width` numbers. `start="published"` draws all projections as torch draws linear layers,
-    which is no identity.
+    which is no identity. Nor is `relative_positions="zero"`: the attention of the encoder without
+    its tables of relative positions, the condition under which many released checkpoints were trained.
 
     Parameters per bottleneck: 2·C·width + width + C, width = ⌊ratio·C⌋.
     """
@@ -59,7 +60,10 @@ class MedSA(Adapter):
     layer: ClassVar[str] = "mmadapt.methods.med_sa:layer_at"
     ports: ClassVar[tuple[str, ...]] = ("out", "weight")
     elsewhere: ClassVar[str] = "attach it to a SAM: transformers' SamModel, for example"
-    not_identity: ClassVar[str] = 'start="published" draws the up-projections too'
+    not_identity: ClassVar[str] = (
+        'start="published" draws the up-projections too, and relative_positions="zero" takes '
+        "tensors of the backbone away"
+    )
     source: ClassVar[str] = "Wu et al. 2023, arXiv:2304.12620"
 
     variant: Literal["paper", "released"] = "paper"
@@ -73,10 +77,12 @@ class MedSA(Adapter):
     hyper_layers: int = 2
     prompt_width: int = 16
     start: Literal["zero", "published"] = "zero"
+    relative_positions: Literal["kept", "zero"] = "kept"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "variant", ("paper", "released"))
+        one_of(self, "relative_positions", ("kept", "zero"))
         paper = self.variant == "paper"
         if self.activation is None:
             object.__setattr__(self, "activation", "relu" if paper else "gelu")
@@ -96,6 +102,8 @@ class MedSA(Adapter):
         if self.at is not None:
             return self.at
         encoder = ("vision.layers[*].attn:out", "vision.layers[*].mlp:out")
+        if self.relative_positions == "zero":
+            encoder += tuple(f"vision.layers[*].attn.rel_{axis}:weight" for axis in "hw")
         if self.decoder == "frozen":
             return encoder
         if self.decoder == "trained":
@@ -104,7 +112,7 @@ class MedSA(Adapter):
         return (*encoder, *(f"decoder.layers[*].{word}:out" for word in words))
 
     def starts_as_identity(self) -> bool:
-        return self.start == "zero"
+        return self.start == "zero" and self.relative_positions == "kept"
 
     def width_of(self, channels: int) -> int:
         """The width of a bottleneck at a site of so many channels."""
