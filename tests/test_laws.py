@@ -90,6 +90,12 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     "conv_depth": {
         "volume": mm.ConvDepth(4),
         "behind": mm.ConvDepth(4, kernel=5, norm=False, at="vision.layers[*]:out"),
+        "both": mm.ConvDepth(4, second=True),
+    },
+    "adapter_shadow": {
+        "plain": mm.AdapterShadow(scale=3.0),
+        "branches": mm.AdapterShadow(branches=4, fraction=0.5, scale=3.0),
+        "rank": mm.AdapterShadow(rank=2, skip=True, scale=3.0),
     },
     "sam_med2d": {
         "encoder": mm.SAMMed2D(),
@@ -136,6 +142,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "med_sa/grid": {"depth": 3},
     "conv_depth/volume": {"depth": 3},
     "conv_depth/behind": {"depth": 3},
+    "conv_depth/both": {"depth": 3},
 }
 
 #: (method, part of a tensor's name) -> why its gradient may be zero
@@ -165,6 +172,8 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
 MISFITS: dict[tuple[str, str], str] = {
     ("invertible", "timm_swin"): "its last block has more channels than its first",
     ("invertible/vision", "hf_sam2"): "its last block has more channels than its first",
+    ("conv_depth/both", "hf_sam2"): "attention gives fewer positions where a stage begins",
+    ("adapter_shadow/rank", "hf_sam2"): "a block gives fewer positions where a stage begins",
     ("convpass", "hf_sam2"): "attention gives fewer positions than it takes where a stage begins",
     **{
         ("tip_adapter", name): "its logits are of tokens, and the cache votes for rows"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.registry import register_adapter
-from mmadapt.adapter.validation import number, one_of
+from mmadapt.adapter.validation import flag, number, one_of, positive
 from mmadapt.adapter.volume import DECODER
 
 #: every trained tensor of SAM's prompt encoder
@@ -71,3 +74,60 @@ class SAMMed2D(Adapter):
     def width_of(self, channels: int) -> int:
         """The width of the squeeze at a site of so many channels."""
         return max(1, int(self.ratio * channels))
+
+
+@register_adapter
+@dataclass(frozen=True)
+class AdapterShadow(Adapter):
+    """Bottlenecks behind attention and beside the MLP of SAM, for shadows (AdapterShadow, Jie and Zhang 2023).
+
+    The change is up(gelu(down(z))) behind each attention, `scale` times it beside each MLP, `ratio` of
+    the channels wide; `fraction` leaves out all but the last share of the blocks, rounded up. With
+    `skip` a third goes from each block's input to its output. `branches` splits the channels into so
+    many groups, each with a bottleneck of its own, which divides the matrices' size by as much. `rank`
+    makes every projection the product of two matrices of that rank; how the authors factorise is not
+    known here.
+
+    Parameters per bottleneck: 2·C·width / branches + width + C with width = ⌊ratio·C / branches⌋ ·
+    branches; with a rank 2·rank·(C + width) + width + C.
+    """
+
+    method: ClassVar[str] = "adapter_shadow"
+    layer: ClassVar[str] = "mmadapt.methods.adapter_shadow:layer_at"
+    elsewhere: ClassVar[str] = "attach it to a SAM: transformers' SamModel, for example"
+    source: ClassVar[str] = "Jie and Zhang 2023, arXiv:2311.08891"
+
+    ratio: float = 0.25
+    scale: float = 0.5
+    fraction: float = 1.0
+    skip: bool = False
+    branches: int = 1
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number(self, "ratio", low=1e-6, high=16.0)
+        number(self, "scale", low=-1e6, high=1e6)
+        number(self, "fraction", low=1e-6, high=1.0)
+        flag(self, "skip")
+        positive(self, "branches")
+        if self.rank is not None:
+            positive(self, "rank")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return self.at or self._patterns("*")
+
+    def patterns_among(self, roles: Iterable[str]) -> tuple[str, ...]:
+        if self.at is not None or self.fraction == 1.0:
+            return self.patterns
+        blocks = sum(bool(re.fullmatch(r"vision\.layers\[\d+\]", role)) for role in roles)
+        return self._patterns(f"-{max(1, math.ceil(self.fraction * blocks - 1e-9))}:")
+
+    def _patterns(self, which: str) -> tuple[str, ...]:
+        words = (".attn", ".mlp", "") if self.skip else (".attn", ".mlp")
+        return tuple(f"vision.layers[{which}]{word}:out" for word in words)
+
+    def width_of(self, channels: int) -> int:
+        """The width of all branches of a bottleneck together, at a site of so many channels."""
+        return self.branches * max(1, int(self.ratio * channels / self.branches))

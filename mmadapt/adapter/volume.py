@@ -127,13 +127,15 @@ class ConvDepth(Adapter):
     x + up(gelu(conv(down(norm(x))))): images are slices of volumes, told by
     `mm.context(model, depth=slices)`, each volume's slices in a row; conv sees `kernel` adjacent slices
     at one position, zeros beyond the first and the last. Any backbone for images can be given slices.
-    By default it stands before every block, the first of the authors' two places.
+    By default it stands before every block, the first of the authors' two places. With `second`
+    another stands between the attention and the MLP, on the residual stream, in the blocks of a SAM:
+    the authors' second place, met at the attention.
 
     Parameters per site: 2·C·width + kernel·width² + width, with the norm 2·C more.
     """
 
     method: ClassVar[str] = "conv_depth"
-    layer: ClassVar[str] = "mmadapt.methods.conv_depth:ConvDepthLayer"
+    layer: ClassVar[str] = "mmadapt.methods.conv_depth:layer_at"
     ports: ClassVar[tuple[str, ...]] = ("in", "out")
     default_sites: ClassVar[tuple[str, ...]] = ("vision.layers[*]",)
     source: ClassVar[str] = "Chen et al. 2023 (MA-SAM), arXiv:2309.08842"
@@ -141,13 +143,20 @@ class ConvDepth(Adapter):
     width: int = 32
     kernel: int = 3
     norm: bool = True
+    second: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "width", "kernel")
-        flag(self, "norm")
+        flag(self, "norm", "second")
         if self.kernel % 2 == 0:
             raise AdapterError(
                 f"ConvDepth: kernel is {self.kernel}, expected an odd number of slices",
                 "3 sees the slice before, the slice itself and the one behind it",
             )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        if self.at is not None or not self.second:
+            return super().patterns
+        return ("vision.layers[*]:in", "vision.layers[*].attn:out")
