@@ -9,7 +9,9 @@ history = mm.fit(model, (images, targets), loss=segment.PromptedLoss(), batch_si
 print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)], miss=0.0))
 """
 
+from mmadapt.tasks.segment.automatic import AutoPrompted, dense_points
 from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
+from mmadapt.tasks.segment.coarse import CoarseMask, coarse_loss
 from mmadapt.tasks.segment.images import WINDOWS, check_image, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
@@ -24,6 +26,8 @@ from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
 __all__ = [
     "WINDOWS",
+    "AutoPrompted",
+    "CoarseMask",
     "Encoded",
     "Masks",
     "PromptedLoss",
@@ -33,6 +37,8 @@ __all__ = [
     "check_image",
     "check_prompts",
     "click_on_error",
+    "coarse_loss",
+    "dense_points",
     "dice",
     "dice_cross_entropy",
     "first_clicks",
