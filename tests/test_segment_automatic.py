@@ -131,7 +131,7 @@ def test_the_usual_features_are_efficientnets() -> None:
 # -- together -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+@pytest.mark.parametrize("name", ["hf_sam", "segment_anything", "hf_sam2"])
 def test_an_image_is_segmented_without_a_click(name: str) -> None:
     sam = segment.Segmenter(BACKBONES[name].fresh())
     network = coarse().train()

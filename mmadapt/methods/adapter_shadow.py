@@ -57,6 +57,7 @@ class FactoredLayer(Layer):
     """
 
     why_not_merge = "an activation stands between its projections"
+    down_bias: Tensor
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class FactoredLayer(Layer):
             bias = empty(site, branches * outputs)
             nn.init.zeros_(bias)
             self.register_parameter(f"{word}_bias", bias)
-        nn.init.zeros_(self.up if adapter.rank is None else self.up_second)
+        nn.init.zeros_(getattr(self, "up" if adapter.rank is None else "up_second"))
         self.factors = ("",) if adapter.rank is None else ("_first", "_second")
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
