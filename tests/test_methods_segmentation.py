@@ -19,7 +19,15 @@ import mmadapt as mm
 
 def test_sam_med2d_has_the_published_size_in_every_block() -> None:
     """15,042,048 numbers a block, 180 million in all: twice the encoder."""
-    assert planned(hf_sam_of("vit_b"), mm.SAMMed2D()) == [15_042_048] * 12
+    for build in (hf_sam_of, original_of):
+        assert planned(build("vit_b"), mm.SAMMed2D()) == [15_042_048] * 12
+
+
+@pytest.mark.parametrize("size", ["vit_l", "vit_h"])
+def test_sam_med2d_grows_with_the_square_of_the_width(size: str) -> None:
+    width, layers = SIZES[size][:2]
+    one = 2 * width * (width // 4) + (9 + 16) * width**2 + 2 * width
+    assert planned(hf_sam_of(size), mm.SAMMed2D()) == [one] * layers
 
 
 def test_prompt_encoder_and_mask_decoder_are_trained_in_full_where_asked() -> None:

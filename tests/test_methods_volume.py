@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -265,6 +266,30 @@ def test_where_a_stage_of_sam2_begins_there_is_no_depth_branch() -> None:
     layers = mm.attach(model, mm.MedSA(depth=True)).layers
     deep = {key for key, layer in layers.items() if isinstance(layer, SpaceDepthLayer)}
     assert deep == {"0/vision.layers[0].attn:out", "0/vision.layers[3].attn:out"}
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_without_relative_positions_it_is_a_sam_whose_tables_are_zero(depth: bool) -> None:
+    """In both branches, and in the attention over depth."""
+    found, pixels = [], stack(6)
+    for positions in ("zero", "kept"):
+        adapter = mm.MedSA("released", depth=depth, relative_positions=positions)  # type: ignore[arg-type]
+        model: Any = BACKBONES["hf_sam"].fresh()
+        if positions == "kept":
+            with torch.no_grad():
+                for block in model.vision_encoder.layers:
+                    block.attn.rel_pos_h.zero_()
+                    block.attn.rel_pos_w.zero_()
+        randomise(mm.attach(model, adapter, at="vision.layers[*].attn:out", seed=1), 0.3)
+        if positions == "zero":
+            rest = mm.MedSA(relative_positions="zero")
+            mm.attach(model, rest, "tables", at=list(rest.patterns[2:4]))
+            mm.set_active(model, "default", "tables")
+        with contextlib.nullcontext() if not depth else mm.context(model, depth=3):
+            found.append(encode(model, pixels))
+    assert torch.equal(*found)
+    with_tables, _ = adapted(mm.MedSA("released"), at="vision.layers[*].attn:out")
+    assert differ((encode(with_tables, pixels),), (found[0],))
 
 
 def test_a_plain_vision_transformer_is_refused() -> None:
