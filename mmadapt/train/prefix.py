@@ -8,7 +8,6 @@ another text is another row.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import warnings
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 
 from mmadapt.core.check import tensors_in
 from mmadapt.core.context import Context
+from mmadapt.core.stand_in import StandIn
 from mmadapt.errors import AttachError, CheckError
+from mmadapt.train.flags import eval_mode
 from mmadapt.train.rows import RowStore, fingerprints
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class TowerCache:
             store.close()
 
     def __call__(self, own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():  # compiled code computes everything
+            return own(*args, **kwargs)
         if any(kwargs.get(word) for word in ("output_hidden_states", "output_attentions")):
             return own(*args, **kwargs)  # these want what the layers passed over would give
         rows = fingerprints(args, kwargs)
@@ -171,22 +174,15 @@ class TowerCache:
         self, own: Callable[..., Any], recorded: Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> None:
         """On the first batch: passing over the layers gives what computing them gave."""
-        flags = {module: module.training for module in self.module.modules()}
-        layers = [layer for name in self.bank.records for _, layer in self.bank.layers_of(name)]
-        flags |= {layer: layer.training for layer in layers}
         context = self.bank.forwards.context
         try:
-            for module in flags:
-                module.training = False
-            with torch.no_grad():
+            with eval_mode(self.model):
                 self.bank.forwards.context = Context(context._facts)
                 whole = own(*args, **kwargs)
                 self.bank.forwards.context = Context(context._facts)
                 short = self._play(own, recorded, args, kwargs)
         finally:
             self.bank.forwards.context = context
-            for module, training in flags.items():
-                module.training = training
         for one, other in zip(tensors_in(whole), tensors_in(short), strict=True):
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise CheckError(
@@ -258,6 +254,8 @@ class _Skip:
         self.returns: dict[Any, tuple[tuple[int, ...], tuple | None]] = {}
 
     def __call__(self, own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
         tower = self.tower
         if tower.playing is None or tower.form not in self.returns:
             output = own(*args, **kwargs)
@@ -277,28 +275,6 @@ class _Skip:
         else:  # of the right shape for what stands between two blocks, and of no size
             first = tower.playing.new_zeros(()).expand(tower.playing.shape[0], *shape)
         return first if rest is None else (first, *rest)
-
-
-class StandIn:
-    """An instance's own `forward`: calls `act(the forward before, args, kwargs)`."""
-
-    def __init__(self, module: nn.Module, act: Callable[..., Any]) -> None:
-        self.module = module
-        self.act = act
-        self.before = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = self.before or functools.partial(type(self.module).forward, self.module)
-        if torch.compiler.is_compiling():  # compiled code computes everything
-            return own(*args, **kwargs)
-        return self.act(own, args, kwargs)
-
-    def remove(self) -> None:
-        """Give the module its forward back."""
-        del self.module.__dict__["forward"]
-        if self.before is not None:
-            self.module.__dict__["forward"] = self.before
 
 
 def towers(model: nn.Module, bank: Bank) -> list[TowerCache]:
