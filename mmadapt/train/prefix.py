@@ -3,7 +3,8 @@
 Below the first layer an adapter acts in, a frozen backbone gives a row the same activations in every
 epoch. Inside `cached_prefix` they are kept, and layers before them are passed over. A row is known by
 a fingerprint of what the tower is called with, so that other preprocessing, another augmentation or
-another text is another row.
+another text is another row. Where nothing in a tower adapts or trains, as when only SAM's decoder
+learns, what is kept is the tower's output itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mmadapt.core.context import Context
 from mmadapt.core.stand_in import StandIn
 from mmadapt.errors import AttachError, CheckError
 from mmadapt.train.flags import eval_mode
-from mmadapt.train.rows import RowStore, fingerprints
+from mmadapt.train.rows import Form, RowStore, fingerprints
 
 if TYPE_CHECKING:
     from mmadapt.core.bank import Bank
@@ -45,7 +46,7 @@ class PrefixCache:
 
     def __repr__(self) -> str:
         parts = [
-            f"{tower.name}: {tower.depth} of {len(tower.blocks)} layers passed over, "
+            f"{tower.name}: {tower.passed_over} passed over, "
             f"{tower.found} rows found, {tower.computed} computed"
             for tower in self.towers
         ]
@@ -69,11 +70,20 @@ class TowerCache:
     found: int = 0
     computed: int = 0
 
+    @property
+    def passed_over(self) -> str:
+        """What is not computed for a row that is found."""
+        layers = f"{self.depth} of {len(self.blocks)} layers"
+        return "the whole tower" if self.resting and self.outputs else layers
+
     def open(self) -> None:
         """Take the place of the forwards."""
         self.choice = self.bank.forwards.choice
         self.prefix = [self.model.get_submodule(path) for path in self.blocks[: self.depth]]
-        self.versions = self._versions()
+        self.resting = self._rests()
+        self.versions = {resting: self._versions(resting) for resting in {False, self.resting}}
+        #: per form of call, how the tower's own output is made of a kept row
+        self.outputs: dict[Any, Form] = {}
         #: what the call under way has in common with others whose rows may share a store
         self.form: Any = None
         #: rows to play instead of computing them, and what the last block passed over returned
@@ -103,7 +113,7 @@ class TowerCache:
         keys, common = rows
         device = self.module_device()
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        self.form = (common, autocast)
+        self.form = (common, autocast, self.resting)
         store = self.stores.get(self.form)
         kept = None if store is None else store.rows(keys)
         if kept is None:
@@ -130,6 +140,11 @@ class TowerCache:
             for name, hook in self.bank.hooks.items():
                 hook.fired = hook.fired or fired[name]
             recorded, self.recorded = self.recorded, None
+        form = Form.of(output, len(keys)) if self.resting else None
+        if form is not None:
+            self.outputs[self.form] = form
+            self._keep(keys, form.rows(output))
+            return output
         if recorded is None or recorded.shape[0] != len(keys) or recorded.requires_grad:
             what = (
                 "was not called"
@@ -164,6 +179,8 @@ class TowerCache:
     def _play(
         self, own: Callable[..., Any], kept: Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
+        if self.form in self.outputs:
+            return self.outputs[self.form].output(kept)
         self.playing = kept
         try:
             return own(*args, **kwargs)
@@ -203,12 +220,13 @@ class TowerCache:
                     "switch outside of cached_prefix",
                 )
             self.choice = self.bank.forwards.choice
-        if self._versions() != self.versions:
+            self.resting = self.resting and self._rests()
+        if self._versions(self.resting) != self.versions[self.resting]:
             raise CheckError(
                 f"weights of {self.name!r} in the cached layers changed",
                 "merge, load and train outside of cached_prefix",
             )
-        for path, module in zip(self.blocks, self.prefix, strict=False):
+        for path, module in self._kept(self.resting):
             for name, inner in module.named_modules():
                 if inner.training and _draws(inner):
                     raise CheckError(
@@ -231,8 +249,25 @@ class TowerCache:
                 "train without cached_prefix",
             )
 
-    def _versions(self) -> tuple:
-        return tuple((id(t), t._version) for module in self.prefix for t in _own_tensors(module))
+    def _rests(self) -> bool:
+        """Whether nothing acts or trains in the whole tower, which only gives: its output will do."""
+        acting = [hook.site for hook in self.bank.hooks.values() if hook.plan]
+        return not (
+            self.depth < len(self.blocks)
+            or any(_inside(s.span.module, self.module, self.model) for s in acting)
+            or any(tap.readers for tap in self.bank.installed.taps.values())
+            or any(parameter.requires_grad for parameter in self.module.parameters())
+        )
+
+    def _kept(self, resting: bool) -> list[tuple[str, nn.Module]]:
+        """The modules that are passed over, by path."""
+        if resting:
+            return [(self.name, self.module)]
+        return list(zip(self.blocks, self.prefix, strict=False))
+
+    def _versions(self, resting: bool) -> tuple:
+        kept = [module for _, module in self._kept(resting)]
+        return tuple((id(t), t._version) for module in kept for t in _own_tensors(module))
 
     def _path(self) -> Path | None:
         """A folder for the rows of this form, of these weights."""
