@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmadapt.core.backbone import unwrap_model
+from mmadapt.core.backbone import unwrap, unwrap_model
 from mmadapt.errors import BackboneError
 
 _KINDS = {
@@ -45,6 +45,17 @@ def sides(m: Any) -> tuple[int, int]:
 def stretches(m: Any) -> bool:
     """Whether images are stretched to the square a SAM takes, as SAM 2's are, instead of padded."""
     return sam_kind(m)[1] == "sam2"
+
+
+def decoder_sites(m: Any) -> tuple[str, ...]:
+    """The sites of every tensor of a SAM's mask decoder, to train it in full.
+
+    mm.attach(model, mm.Unlock(), at=segment.decoder_sites(model))
+    """
+    model, anatomy, _ = unwrap(m)
+    spans = anatomy.roles(model)
+    sites = [r for r, s in spans.items() if r.startswith("decoder.") and "weight" in s.ports]
+    return tuple(f"{role}:weight" for role in sites)
 
 
 def embed(m: Any, pixels: Tensor) -> Tensor:
