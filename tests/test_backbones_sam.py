@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmadapt as mm
 from mmadapt.core.anatomy import find_anatomy
-from mmadapt.interop.sam import to_segment_anything, to_transformers
+from mmadapt.interop.sam import resize_positions, to_segment_anything, to_transformers
 
 SAMS = ("hf_sam", "segment_anything", "hf_sam2")
 
@@ -191,6 +191,36 @@ def test_conversion_and_back_is_the_identity_key_for_key() -> None:
 def test_a_foreign_key_is_refused_by_name(convert: Any) -> None:
     with pytest.raises(mm.errors.BackboneError, match=r"'module\.neck' is no tensor of SAM"):
         convert({"module.neck": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("grid", [4, 6, 9])
+def test_positions_are_resized_as_sam_itself_looks_them_up(grid: int) -> None:
+    """A table of a smaller grid read at a larger one: SAM interpolates it while it runs."""
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    state = BACKBONES["segment_anything"].fresh().state_dict()
+    found = resize_positions(state, grid)
+    assert found.keys() == state.keys()
+    changed = {key for key, value in state.items() if not torch.equal(value, found[key])}
+    tables = {f"image_encoder.blocks.1.attn.rel_pos_{axis}" for axis in "hw"}
+    assert changed == (set() if grid == 4 else {"image_encoder.pos_embed"} | tables)
+    assert found["image_encoder.pos_embed"].shape == (1, grid, grid, 16)
+    for key in tables:
+        expected = get_rel_pos(grid, grid, state[key])
+        assert_close((get_rel_pos(grid, grid, found[key]),), (expected,), 1e-6)
+        assert len(found[key]) == 2 * grid - 1
+    renamed = to_transformers(found)
+    for key, value in resize_positions(to_transformers(state), grid).items():
+        assert torch.equal(value, renamed[key])
+
+
+def test_positions_that_cannot_be_resized_are_refused() -> None:
+    state = BACKBONES["segment_anything"].fresh().state_dict()
+    with pytest.raises(mm.errors.BackboneError, match="no positions of a SAM"):
+        resize_positions({}, 4)
+    alike = {k: v[:5] if "rel_pos" in k else v for k, v in state.items()}
+    with pytest.raises(mm.errors.BackboneError, match=r"have \[5\] rows, expected some with 7"):
+        resize_positions(alike, 8)
 
 
 @pytest.mark.parametrize(
