@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
+        AdapterShadow,
         BiAdaptFormer,
         BiasScale,
         Bottleneck,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         LlamaAdapter,
         LoRA,
         MedSA,
+        SAMMed2D,
         ScaleShift,
         TipAdapter,
         Unlock,
@@ -61,9 +63,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvDepth "
-        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift TipAdapter Unlock "
-        "ZeroInitAttention register_adapter"
+        "Adapter AdapterBias AdapterShadow BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter "
+        "ConvDepth Convpass Head Invertible LlamaAdapter LoRA MedSA SAMMed2D ScaleShift TipAdapter "
+        "Unlock ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

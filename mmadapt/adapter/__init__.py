@@ -19,6 +19,7 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.segmentation import AdapterShadow, SAMMed2D
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -30,6 +31,7 @@ __all__ = [
     "Activation",
     "Adapter",
     "AdapterBias",
+    "AdapterShadow",
     "BiAdaptFormer",
     "BiasScale",
     "Bottleneck",
@@ -42,6 +44,7 @@ __all__ = [
     "LlamaAdapter",
     "LoRA",
     "MedSA",
+    "SAMMed2D",
     "ScaleShift",
     "TipAdapter",
     "Unlock",

@@ -9,7 +9,9 @@ history = mm.fit(model, (images, targets), loss=segment.PromptedLoss(), batch_si
 print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)], miss=0.0))
 """
 
+from mmadapt.tasks.segment.automatic import AutoPrompted, dense_points
 from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
+from mmadapt.tasks.segment.coarse import CoarseMask, coarse_loss
 from mmadapt.tasks.segment.figure import before_after, overlay, slices
 from mmadapt.tasks.segment.images import WINDOWS, check_image, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
@@ -26,6 +28,8 @@ from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
 __all__ = [
     "WINDOWS",
+    "AutoPrompted",
+    "CoarseMask",
     "Encoded",
     "Masks",
     "PromptedLoss",
@@ -36,7 +40,9 @@ __all__ = [
     "check_image",
     "check_prompts",
     "click_on_error",
+    "coarse_loss",
     "decoder_sites",
+    "dense_points",
     "dice",
     "dice_cross_entropy",
     "first_clicks",
