@@ -10,7 +10,8 @@ print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)],
 """
 
 from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
-from mmadapt.tasks.segment.images import WINDOWS, check_image, window
+from mmadapt.tasks.segment.images import check_image
+from mmadapt.tasks.segment.intensity import PERCENTILES, WINDOWS, intensity_range, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
     Summary,
@@ -23,6 +24,7 @@ from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
 __all__ = [
+    "PERCENTILES",
     "WINDOWS",
     "Encoded",
     "Masks",
@@ -37,6 +39,7 @@ __all__ = [
     "dice_cross_entropy",
     "first_clicks",
     "hausdorff",
+    "intensity_range",
     "summary",
     "surface_dice",
     "window",
