@@ -26,9 +26,7 @@ PERCENTILES: dict[str, tuple[float, float]] = {
 }
 
 
-def intensity_range(
-    image: Any, low: float | str, high: float | None = None
-) -> tuple[float, float]:
+def intensity_range(image: Any, low: float | str, high: float | None = None) -> tuple[float, float]:
     """The range (low, high) that a name in `WINDOWS` or `PERCENTILES` means for this image.
 
     Two numbers stand for themselves. Percentiles are of the values other than zero, since the air

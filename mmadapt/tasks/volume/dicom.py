@@ -55,8 +55,9 @@ def read_dicom(
     for file, header in slices:
         check_content(file, header, frame, channel)
     if spacing is not None and len(slices) == 1:
-        return _unplaced(slices[0], frame, channel, spacing)
-    placed = [_place(file, header) for file, header in slices]
+        placed = [_with_spacing(*slices[0], frame, spacing)]
+    else:
+        placed = [_place(file, header) for file, header in slices]
     _check_alike(placed)
     placed.sort(key=lambda one: one.height)
     step = _step(placed)
@@ -153,9 +154,9 @@ def _place(file: Path, header: Any) -> Slice:
 def _check_alike(slices: list[Slice]) -> None:
     first = slices[0]
     for one in slices[1:]:
-        if float(one.normal @ first.normal) < 1 - 1e-4 or float(
-            one.along_row @ first.along_row
-        ) < (1 - 1e-4):
+        if float(one.normal @ first.normal) < 1 - 1e-4 or float(one.along_row @ first.along_row) < (
+            1 - 1e-4
+        ):
             angle = numpy.degrees(numpy.arccos(min(1.0, float(one.normal @ first.normal))))
             raise DataError(
                 f"slices are turned against each other: {one.file.name} stands at {angle:.1f}° to "
@@ -214,13 +215,14 @@ def _step(slices: list[Slice]) -> numpy.ndarray:
     return step
 
 
-def _unplaced(
-    one: tuple[Path, Any], frame: int | None, channel: int | None, spacing: Sequence[float]
-) -> Volume:
-    values = pixels_of(one[0], frame, channel)
-    z, y, x = (float(length) for length in spacing)
-    affine = numpy.diag([-x, -y, z, 1.0])  # as if the patient lay on the back
-    return Volume(values[None, None], affine, name=one[0].name)
+def _with_spacing(file: Path, header: Any, frame: int | None, spacing: Sequence[float]) -> Slice:
+    """One image with spacing from the caller; without a place, as if the patient lay on the back."""
+    header.SliceThickness, *header.PixelSpacing = (float(length) for length in spacing)
+    header.SpacingBetweenSlices = header.SliceThickness
+    if header.get("ImagePositionPatient") is None or frame is not None:
+        header.ImagePositionPatient = [0.0, 0.0, 0.0]
+        header.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    return _place(file, header)
 
 
 def _name(file: Path, count: int) -> str:

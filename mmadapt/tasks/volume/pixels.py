@@ -34,7 +34,7 @@ def pixels_of(file: Path, frame: int | None = None, channel: int | None = None) 
         values = values[frame]
     if channel is not None:
         values = values[..., channel]
-    from pydicom.pixels import apply_rescale
+    from pydicom.pixels.processing import apply_rescale
 
     return numpy.asarray(apply_rescale(values, header), dtype=numpy.float32)
 
@@ -76,7 +76,9 @@ def _check_colours(what: str, header: Any, channel: int | None) -> None:
 
 def _decode(file: Path, header: Any) -> numpy.ndarray:
     if not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise DataError(f"{file.name} holds no pixels", "its header alone was stored: copy it again")
+        raise DataError(
+            f"{file.name} holds no pixels", "its header alone was stored: copy it again"
+        )
     syntax = header.file_meta.get("TransferSyntaxUID")
     try:
         return header.pixel_array

@@ -101,7 +101,7 @@ def check_points(points: Any, labels: Any, grid: Grid) -> tuple[numpy.ndarray, n
         beyond = numpy.maximum(-0.5 - point, point - numpy.array(grid.size) + 0.5)
         if not (beyond <= 0).all():  # a NaN fails too
             far = numpy.linalg.norm(beyond.clip(0) * grid.spacing)
-            swapped = (-0.5 <= point[::-1]).all() and (point[::-1] < numpy.array(grid.size)).all()
+            swapped = (point[::-1] >= -0.5).all() and (point[::-1] < numpy.array(grid.size)).all()
             raise DataError(
                 f"point {place} has (z, y, x) = ({', '.join(f'{v:g}' for v in point)}), {far:.4g} mm "
                 f"outside of an image of {grid.size} voxels (D, H, W)",
@@ -142,7 +142,9 @@ def moved_points(points: numpy.ndarray, source: Grid, target: Grid) -> numpy.nda
 def moved_box(box: Box, source: Grid, target: Grid) -> Box:
     """A box of one grid in another: the smallest around its corners, cut off at the edges."""
     ends = numpy.array([box[:3], box[3:]]) - 0.5  # from voxels to the faces between them
-    corners = numpy.array([[ends[i, 0], ends[j, 1], ends[k, 2]] for i, j, k in numpy.ndindex(2, 2, 2)])
+    corners = numpy.array(
+        [[ends[i, 0], ends[j, 1], ends[k, 2]] for i, j, k in numpy.ndindex(2, 2, 2)]
+    )
     found = moved_points(corners, source, target) + 0.5
     low, high = found.min(0).clip(0), numpy.minimum(found.max(0), target.size)
     return Box(*low.tolist(), *high.tolist())

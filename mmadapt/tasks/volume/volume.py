@@ -93,7 +93,8 @@ class Volume:
         affine = self.affine.copy()
         affine[:3, :3] *= scale[::-1]
         affine[:3, 3] = self.grid.to_mm((scale - 1) / 2)[0]  # the outer corner stays
-        return self._onto(f"resample {wanted.tolist()}", Grid(tuple(size), affine))  # type: ignore[arg-type]
+        name = "×".join(f"{s:.4g}" for s in wanted)
+        return self._onto(f"resample {name} mm", Grid(tuple(size), affine))  # type: ignore[arg-type]
 
     def oriented(self, codes: str = "RAS") -> Volume:
         """Axes swapped and turned so that x, y and z lead where three letters say."""
