@@ -144,16 +144,13 @@ class SliceSegmenter:
             labels=asked.labels or None,
             box=asked.box,
             mask=self._low.get(place),
-            # one click may mean an object, its part or what it is part of
-            several=len(asked.points) == 1 and asked.box is None and place not in self._low,
         )
         return self.mask[place]
 
     def _take(self, place: int, **prompt: Any) -> None:
         answer = self.segmenter.predict(self._encode(place), **prompt)
-        best = int(answer.overlaps.argmax())
-        self.mask[place] = answer.masks[best].cpu().numpy()
-        self._low[place] = answer.low[best]
+        self.mask[place] = answer.masks[0].cpu().numpy()
+        self._low[place] = answer.low[0]
 
     def _encode(self, place: int) -> Encoded:
         if place not in self._encoded:
