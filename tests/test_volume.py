@@ -432,6 +432,26 @@ def test_the_slices_number_and_place_are_told() -> None:
     assert titles[2] == ["sagittal", "x = 10 of 0–32", "R 12.0 mm"]
 
 
+def test_of_a_file_only_the_planes_are_read() -> None:
+    stored = volumes.open_nifti(nifti("anatomical.nii"))
+    reads: list[int] = []
+
+    class Watched:
+        shape = stored.array.source.shape
+
+        def __getitem__(self, key):
+            found = stored.array.source[key]
+            reads.append(found.size)
+            return found
+
+    watched = Volume(type(stored.array)(Watched()), stored.affine)
+    figure = volumes.planes_figure(watched, at=(3, 30, 10))
+    expected = volumes.planes_figure(anatomical(), at=(3, 30, 10))
+    for ours, theirs in zip(figure.axes, expected.axes, strict=True):
+        assert ours.images[0].get_array().tolist() == theirs.images[0].get_array().tolist()
+    assert sorted(reads) == sorted((41 * 33, 25 * 33, 25 * 41))
+
+
 def test_a_voxel_is_drawn_as_long_as_it_is(tmp_path) -> None:
     volume = volumes.read_dicom(series(tmp_path / "ct"))
     figure = volumes.planes_figure(volume)

@@ -335,6 +335,39 @@ def test_more_clicks_correct_it_and_neighbours_follow(trained: nn.Module) -> Non
     assert len(study.prompted) == 2
 
 
+def test_a_drawn_slice_is_kept_propagated_and_corrected(trained: nn.Module) -> None:
+    drawn = numpy.zeros_like(TRUTH)
+    drawn[7] = TRUTH[7]
+    study = volumes.SliceSegmenter(trained, scan().oriented("RAS"))
+    study.draw(drawn)
+    study.propagate()
+    assert numpy.array_equal(study.on_original()[7], TRUTH[7])
+    assert segment.dice(study.on_original(), TRUTH) > 0.8
+    # the model is told what was drawn: another drawing, another answer to the same click
+    answers = []
+    for mask in (drawn, numpy.roll(drawn, 4, 2)):
+        study.forget()
+        study.draw(mask)
+        study.click((7, 8, 7))
+        answers.append(study._low[7].tolist())
+    assert answers[0] != answers[1]
+    with pytest.raises(Refused, match="holds no voxel of this volume"):
+        study.draw(numpy.zeros_like(TRUTH))
+    with pytest.raises(Refused, match="holds the values 0, 2"):
+        study.draw(2 * drawn.astype(int))
+
+
+def test_a_drawing_becomes_a_prompt_in_the_models_square(trained: nn.Module) -> None:
+    """A slice 8 × 16 fills the upper half of the square."""
+    study = volumes.SliceSegmenter(trained, Volume(numpy.zeros((3, 8, 16)), numpy.eye(4)))
+    mask = numpy.zeros((8, 16), bool)
+    mask[2:6, 4:12] = True
+    low = study._as_low(mask)
+    assert low.shape == (16, 16)
+    assert numpy.array_equal((low > 0).numpy()[:8], mask)
+    assert not (low[8:] > 0).any()
+
+
 def test_a_slice_is_encoded_once_and_remembers_its_clicks(trained: nn.Module) -> None:
     runs: list[int] = []
     handle = trained.vision_encoder.register_forward_hook(lambda *call: runs.append(1))  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from mmadapt.errors import DataError
-from mmadapt.tasks.volume.grid import nearest_axes
+from mmadapt.tasks.volume.grid import ENDS, nearest_axes
 from mmadapt.tasks.volume.prompts import check_points
 from mmadapt.tasks.volume.volume import Volume
 
@@ -31,39 +31,31 @@ def planes_figure(
 
     `at` is (z, y, x) in the volume as it is now, else the middle of the mask's largest label or of
     the volume. `mask` holds labels (D, H, W) on the volume's grid, filled with share `alpha` and
-    outlined. Greys run from `limits`, else from the 0.5 to the 99.5 percentile. Each plane tells its
-    slice's number and place in millimetres, its orientation by letters at the edges, and has the
+    outlined. Greys run from `limits`, else from the 0.5 to the 99.5 percentile of what is drawn;
+    of a file only these planes are read. Each plane tells its slice's number and place in millimetres, its orientation by letters at the edges, and has the
     proportions of the body. Oblique volumes are drawn along their own axes, with the nearest letters.
     """
     from matplotlib.figure import Figure
 
     labels = None if mask is None else _labels(mask, volume)
     point = _point(volume, at, labels)
-    mm = volume.grid.to_mm(point)[0]
-    values = volume.array[0]
-    low, high = limits or (float(v) for v in numpy.percentile(values, (0.5, 99.5)))
     panels = [_Plane(volume, *plane) for plane in PLANES]
+    pictures = [panel.cut(volume.array, point) for panel in panels]
+    seen = numpy.concatenate([picture.ravel() for picture in pictures])
+    low, high = limits or (float(v) for v in numpy.percentile(seen, (0.5, 99.5)))
     scale = 9.0 / sum(panel.width for panel in panels)  # inches a millimetre
     tallest = max(panel.height for panel in panels) * scale
     figure = Figure(figsize=(10.5, min(max(tallest, 0.8), 9) + 1.3), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     grid = figure.subplots(1, 3, width_ratios=[panel.width for panel in panels])
-    for axes, panel in zip(grid, panels, strict=True):
+    for axes, panel, picture in zip(grid, panels, pictures, strict=True):
         extent = (0, panel.width, 0, panel.height)
-        picture = panel.cut(values, point)
         axes.imshow(picture, "gray", vmin=low, vmax=max(high, low + 1e-9), extent=extent, origin="lower", interpolation="nearest")  # fmt: skip
         if labels is not None:
-            _overlay(axes, panel.cut(labels, point), extent, alpha)
+            _overlay(axes, panel.cut(labels[None], point), extent, alpha)
         _crosshair(axes, panel, point)
         _letters(axes, panel)
-        number, letter = point[panel.through], "RAS"[panel.body]
-        letter = letter if mm[panel.body] >= 0 else {"R": "L", "A": "P", "S": "I"}[letter]
-        axes.set_title(
-            f"{panel.name}   {'zyx'[panel.through]} = {number} of 0–{volume.size[panel.through] - 1}"
-            f"   {letter} {abs(mm[panel.body]):.1f} mm",
-            fontsize=9,
-            pad=18,
-        )
+        axes.set_title(_title(panel, volume, point), fontsize=9, pad=18)
         axes.set_axis_off()
     figure.suptitle(f"{volume.name}   {volume.grid}", fontsize=9)
     if labels is not None and labels.any():
@@ -91,9 +83,11 @@ class _Plane:
         self.step = volume.spacing[self.across], volume.spacing[self.along]
         self.width, self.height = (n * s for n, s in zip(self.size, self.step, strict=True))
 
-    def cut(self, values: numpy.ndarray, point: tuple[int, int, int]) -> numpy.ndarray:
-        """The slice as rows from the bottom upwards."""
-        picture = values.take(point[self.through], self.through)
+    def cut(self, values: Any, point: tuple[int, int, int]) -> numpy.ndarray:
+        """The slice of the first channel as rows from the bottom upwards; nothing else is read."""
+        index: list[Any] = [0, slice(None), slice(None), slice(None)]
+        index[1 + self.through] = point[self.through]
+        picture = numpy.asarray(values[tuple(index)])
         if self.along > self.across:
             picture = picture.T
         if self.flip_along:
@@ -106,6 +100,13 @@ class _Plane:
         x = self.size[0] - x if self.flip_across else x
         y = self.size[1] - y if self.flip_along else y
         return x * self.step[0], y * self.step[1]
+
+
+def _title(panel: _Plane, volume: Volume, point: tuple[int, int, int]) -> str:
+    mm = volume.grid.to_mm(point)[0][panel.body]
+    letter = ENDS[panel.body][int(mm >= 0)]
+    axis, last = panel.through, volume.size[panel.through] - 1
+    return f"{panel.name}   {'zyx'[axis]} = {point[axis]} of 0–{last}   {letter} {abs(mm):.1f} mm"
 
 
 def _overlay(axes: Any, labels: numpy.ndarray, extent: Any, alpha: float) -> None:

@@ -7,11 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment.segmenter import Encoded, Segmenter
-from mmadapt.tasks.volume.prompts import Box, check_box, check_points, moved_box, moved_points
+from mmadapt.tasks.volume.prompts import (
+    Box,
+    check_box,
+    check_mask,
+    check_points,
+    moved_box,
+    moved_points,
+)
 from mmadapt.tasks.volume.volume import Volume
 
 #: encoded slices that are kept for the next click
@@ -54,7 +63,7 @@ class SliceSegmenter:
 
     @property
     def prompted(self) -> list[int]:
-        """The slices that were clicked or boxed, by their number in the volume as it is now."""
+        """The slices that were clicked, boxed or drawn, by their number in the volume as it is now."""
         return sorted(self._asked)
 
     def click(self, point: Any, label: int = 1) -> numpy.ndarray:
@@ -89,6 +98,23 @@ class SliceSegmenter:
             self._asked.setdefault(place, _Asked()).box = around
             self._answer(place)
 
+    def draw(self, mask: Any) -> None:
+        """A mask bool (D, H, W) on the original grid: its slices are taken as they were drawn.
+
+        Propagation starts from them; a click on one corrects what was drawn.
+        """
+        own = self.volume.forth(check_mask(mask, "mask"))
+        drawn = numpy.flatnonzero(own.any((1, 2)))
+        if not len(drawn):
+            raise DataError(
+                "the mask holds no voxel of this volume",
+                "draw on a slice of the part that was kept",
+            )
+        for place in map(int, drawn):
+            self._asked.setdefault(place, _Asked())
+            self.mask[place] = own[place]
+            self._low[place] = self._as_low(own[place])
+
     def propagate(self, reach: int | None = None, margin: int = 1) -> numpy.ndarray:
         """Carry the answers to the slices between and beyond the prompted ones; the mask, bool.
 
@@ -97,7 +123,9 @@ class SliceSegmenter:
         them each goes half of the way.
         """
         if not self._asked:
-            raise DataError("no slice has a prompt yet", "click((z, y, x)) or box(…) first")
+            raise DataError(
+                "no slice has a prompt yet", "click((z, y, x)), box(…) or draw(mask) first"
+            )
         kept = {place: self.mask[place].copy() for place in self._asked}
         self.mask[:] = False
         self._low = {place: low for place, low in self._low.items() if place in kept}
@@ -151,6 +179,14 @@ class SliceSegmenter:
         answer = self.segmenter.predict(self._encode(place), **prompt)
         self.mask[place] = answer.masks[0].cpu().numpy()
         self._low[place] = answer.low[0]
+
+    def _as_low(self, mask: numpy.ndarray) -> Tensor:
+        """A drawn slice as the decoder would have answered it: ±10 in the model's padded square."""
+        sam, side = self.segmenter, self.segmenter.mask_side
+        height, width = (max(1, round(n * side / sam.side)) for n in sam.resized(mask.shape))  # type: ignore[arg-type]
+        drawn = torch.from_numpy(20.0 * mask - 10)[None, None].float()
+        small = F.interpolate(drawn, (height, width), mode="bilinear", antialias=True)
+        return F.pad(small, (0, side - width, 0, side - height), value=-10.0)[0, 0]
 
     def _encode(self, place: int) -> Encoded:
         if place not in self._encoded:
