@@ -415,6 +415,22 @@ def test_a_missing_slice_is_noticed(tmp_path: Path) -> None:
     assert "slices are missing" in text
 
 
+def test_positions_may_be_rounded_but_do_not_drift(tmp_path: Path) -> None:
+    def at(z: int) -> list[float]:
+        return [0.0, 0.0, round(1.25 * z, 1)]
+
+    volume = volumes.read_dicom(series(tmp_path / "ct", 9, ImagePositionPatient=at))
+    assert volume.spacing[0] == pytest.approx(1.25)
+
+    def drifting(z: int) -> list[float]:
+        return [0.0, 0.0, 5.0 * z + 0.09 * max(0, z - 75)]
+
+    text = refused(
+        volumes.read_dicom, series(tmp_path / "drift", 150, ImagePositionPatient=drifting)
+    )
+    assert "150 slices are not evenly spaced" in text
+
+
 def test_a_position_given_twice_is_noticed(tmp_path: Path) -> None:
     folder = series(tmp_path / "ct")
     (folder / "copy.dcm").write_bytes((folder / "004.dcm").read_bytes())

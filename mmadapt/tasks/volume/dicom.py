@@ -195,7 +195,10 @@ def _step(slices: list[Slice]) -> numpy.ndarray:
             f"{slices[twice[0]].file.name} and {slices[twice[0] + 1].file.name}",
             "times, echoes or copies are mixed: give the list of files of one of them",
         )
-    if numpy.abs(gaps - usual).max() > max(0.02 * usual, 0.01):
+    # scanners round positions, some of them to a tenth of a millimetre
+    fine = max(0.02 * usual, min(0.11, 0.25 * usual))
+    even = numpy.linspace(heights[0], heights[-1], len(heights))
+    if numpy.abs(gaps - usual).max() > fine or numpy.abs(heights - even).max() > usual / 2:
         shown = ", ".join(f"{gap:.4g}" for gap in gaps[:12]) + (" …" if len(gaps) > 12 else "")
         at = int(numpy.abs(gaps - usual).argmax())
         raise DataError(

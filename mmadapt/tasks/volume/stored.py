@@ -47,5 +47,5 @@ class Stored:
         check_finite(values)
         if self.limits is not None:
             low, high = self.limits
-            values = (values.clip(low, high) - low) * numpy.float32(1 / (high - low))
+            values = ((values - low) * (1 / (high - low))).clip(0, 1)
         return values[channel]

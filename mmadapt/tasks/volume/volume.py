@@ -77,8 +77,8 @@ class Volume:
         if isinstance(self.array, Stored):
             return self._then(f"window {name}", self.array.windowed(low, high), self.affine)
         bottom, top = intensity_range(self.array, low, high)
-        values = (self.array.clip(bottom, top) - bottom) * (1 / (top - bottom))
-        return self._then(f"window {name}", values, self.affine)
+        values = (self.array - bottom) * (1 / (top - bottom))
+        return self._then(f"window {name}", values.clip(0, 1), self.affine)
 
     def resample(self, spacing: float | Sequence[float]) -> Volume:
         """The same extent at another spacing in millimetres, one number or (z, y, x), linearly.
