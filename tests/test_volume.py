@@ -354,6 +354,21 @@ def test_the_next_click_is_deep_in_the_largest_error() -> None:
     assert volumes.next_click(truth, truth) is None
 
 
+def test_boxes_and_points_move_with_the_voxels() -> None:
+    from mmadapt.tasks.volume.prompts import Box, moved_box
+
+    volume = anatomical()
+    mask = numpy.zeros(volume.size, bool)
+    mask[4:9, 10:12, 20:30] = True
+    for codes in ORIENTATIONS[::7]:
+        other = volume.oriented(codes)
+        moved = moved_box(volumes.box_of(mask), volume.grid, other.grid)
+        assert numpy.allclose(moved, volumes.box_of(other.forth(mask)))
+    halved = volume.resample(1.0)
+    moved = moved_box(Box(4, 10, 20, 9, 12, 30), volume.grid, halved.grid)
+    assert numpy.allclose(moved, (8, 20, 40, 18, 24, 60))
+
+
 def test_a_box_around_a_mask() -> None:
     mask = numpy.zeros((6, 7, 8), bool)
     mask[2:4, 1:6, 3] = True
@@ -410,8 +425,10 @@ def test_three_planes_show_the_same_body_whatever_the_order_of_voxels() -> None:
         assert letters == [list("RLAP"), list("RLSI"), list("APSI")]
         titles = [re.sub(r"[xyz] = \d+ of \S+", "", axes.get_title()) for axes in figure.axes]
         pictures = [numpy.asarray(axes.images[0].get_array()) for axes in figure.axes]
+        filled = [numpy.asarray(axes.images[1].get_array())[..., 3] > 0 for axes in figure.axes]
         extents = [axes.images[0].get_extent() for axes in figure.axes]
-        drawn.append((titles, [p.tolist() for p in pictures], extents))
+        shown = [p.tolist() for p in pictures], [f.tolist() for f in filled]
+        drawn.append((titles, *shown, extents))
         assert [axes.get_aspect() for axes in figure.axes] == [1.0, 1.0, 1.0]
     assert drawn[1:] == drawn[:1] * 3
     assert drawn[0][0] == [
@@ -419,9 +436,10 @@ def test_three_planes_show_the_same_body_whatever_the_order_of_voxels() -> None:
         "coronal      A 4.0 mm",
         "sagittal      L 8.0 mm",
     ]
-    assert [tuple(extent[1::2]) for extent in drawn[0][2]] == [(66, 82), (66, 50), (82, 50)]
+    assert [tuple(extent[1::2]) for extent in drawn[0][3]] == [(66, 82), (66, 50), (82, 50)]
     # drawn from the left bottom: the file's voxels (LAS) begin at the patient's right and back
     assert drawn[0][1][0] == anatomical().array[0, 14].tolist()
+    assert drawn[0][2][0] == (labels[14] > 0).tolist()
 
 
 def test_the_slices_number_and_place_are_told() -> None:

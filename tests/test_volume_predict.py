@@ -453,3 +453,31 @@ def test_slices_without_a_meaning_are_refused(trained: nn.Module) -> None:
             study.box(box)
     with pytest.raises(Refused, match="outside of the part"):
         volumes.SliceSegmenter(trained, scan().crop((0, 0, 0, 14, 8, 16))).click((7, 12, 7))
+
+
+# -- the page about volumes ------------------------------------------------------------------------
+
+
+def test_what_the_page_says_runs(
+    trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nibabel
+
+    page = (Path(__file__).parent.parent / "docs" / "volumes.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    image = nibabel.load(str(nifti("anatomical.nii")))
+    image.to_filename("ct.nii.gz")
+    image.to_filename("big.nii")
+    names: dict[str, Any] = {
+        "model": trained,
+        "network": network(),
+        "clicked": near_the_clicks,
+        "truth": ball((25, 41, 33), (12, 20, 16), (6, 6, 6)).astype(numpy.uint8),
+    }
+    blocks = page.split("```python\n")[1:]
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block.split("```")[0], names)
+    assert repr(names["ct"]).startswith("Volume(ct.nii.gz: 1×25×41×33 voxels (z, y, x) of 2×2×2 mm")
+    assert volumes.read_mask("big_mask.nii", like=names["ct"]).shape == (25, 41, 33)
+    assert [score.structure for score in names["scores"]] == ["lesion"]
