@@ -37,7 +37,7 @@ def holes() -> numpy.ndarray:
     ("image", "message", "hint"),
     [
         (IMAGE / 255, "float64 values from 0", r"window\(image, low, high\)"),
-        (holes(), r"2 of 60 values are not numbers, the first at \(2, 3, 1\)", "nan=low"),
+        (holes(), r"2 of 60 values are not numbers, the first at \(2, 3, 1\)", "nan=0.0"),
         (IMAGE.astype(numpy.uint16) * 9, "uint16 values from", "'ct soft tissue'"),
         (IMAGE.astype(numpy.int16) - 900, "int16 values from -", "'ct lung'"),
         (IMAGE[..., 0], r"one channel: \(12, 20\)", "grey=True"),

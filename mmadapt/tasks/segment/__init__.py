@@ -13,7 +13,8 @@ from mmadapt.tasks.segment.automatic import AutoPrompted, dense_points
 from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
 from mmadapt.tasks.segment.coarse import CoarseMask, coarse_loss
 from mmadapt.tasks.segment.figure import before_after, overlay, slices
-from mmadapt.tasks.segment.images import WINDOWS, check_image, window
+from mmadapt.tasks.segment.images import check_image
+from mmadapt.tasks.segment.intensity import PERCENTILES, WINDOWS, intensity_range, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
     Summary,
@@ -27,6 +28,7 @@ from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
 __all__ = [
+    "PERCENTILES",
     "WINDOWS",
     "AutoPrompted",
     "CoarseMask",
@@ -47,6 +49,7 @@ __all__ = [
     "dice_cross_entropy",
     "first_clicks",
     "hausdorff",
+    "intensity_range",
     "overlay",
     "slices",
     "summary",
