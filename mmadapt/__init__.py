@@ -25,14 +25,19 @@ if TYPE_CHECKING:
         Bottleneck,
         ClipAdapter,
         Compacter,
+        ConvAdapter,
         ConvDepth,
         Convpass,
+        ConvPass1d,
+        DeepPrompts,
+        DenseMoA,
         Head,
         Invertible,
         LlamaAdapter,
         LoRA,
         MedSA,
         ScaleShift,
+        SoftMoA,
         TipAdapter,
         Unlock,
         ZeroInitAttention,
@@ -61,9 +66,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvDepth "
-        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift TipAdapter Unlock "
-        "ZeroInitAttention register_adapter"
+        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvAdapter "
+        "ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible LlamaAdapter LoRA MedSA "
+        "ScaleShift SoftMoA TipAdapter Unlock ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

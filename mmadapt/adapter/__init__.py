@@ -19,6 +19,7 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.sound import ConvAdapter, ConvPass1d, DeepPrompts, DenseMoA, SoftMoA
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -35,14 +36,19 @@ __all__ = [
     "Bottleneck",
     "ClipAdapter",
     "Compacter",
+    "ConvAdapter",
     "ConvDepth",
+    "ConvPass1d",
     "Convpass",
+    "DeepPrompts",
+    "DenseMoA",
     "Head",
     "Invertible",
     "LlamaAdapter",
     "LoRA",
     "MedSA",
     "ScaleShift",
+    "SoftMoA",
     "TipAdapter",
     "Unlock",
     "ZeroInitAttention",
