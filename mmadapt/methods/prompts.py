@@ -32,6 +32,7 @@ _PATCH_VALUES = 3 * 16**2  # the authors' bound counts those of one image patch
 class DeepPromptsLayer(Layer):
     """Parameters: prompt (K, C)."""
 
+    additive = False  # who stands in for a call adds nothing to it
     why_not_merge = "its tokens are attended to"
 
     def __init__(self, adapter: DeepPrompts, site: SiteView, generator: torch.Generator) -> None:
