@@ -116,6 +116,19 @@ def test_what_is_no_sound_is_refused(tmp_path: Path) -> None:
     empty = written(tmp_path / "empty.wav", numpy.zeros(0, numpy.float32))
     with pytest.raises(DataError, match="has no samples"):
         audio.load_audio(empty)
+    with pytest.raises(DataError, match=r"(?s)a ndarray is no file.*Audio\.of"):
+        audio.load_audio(tone())
+    broken = written(tmp_path / "broken.wav", tone() * numpy.nan, subtype="FLOAT")
+    with pytest.raises(DataError, match="16000 of 16000 samples are not finite"):
+        audio.load_audio(broken)
+
+
+def test_a_file_of_fewer_samples_than_channels_keeps_its_channels(tmp_path: Path) -> None:
+    frames = numpy.array([[0.1, 0.3, 0.5]])
+    clip = audio.load_audio(written(tmp_path / "click.wav", frames, subtype="FLOAT"))
+    assert clip.samples.tolist() == pytest.approx([0.3])
+    assert "mean of 3 channels" in repr(clip)
+    assert len(audio.load_audio((tmp_path / "click.wav").read_bytes(), mono=2)) == 1
 
 
 def test_without_soundfile_the_error_is_the_line_that_installs_it(

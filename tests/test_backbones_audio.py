@@ -57,6 +57,13 @@ def test_every_audio_block_has_the_roles_of_every_block(name: str) -> None:
     assert front in roles
 
 
+def test_speaker_embeddings_have_logits_a_row() -> None:
+    model: Any = _hf_speech("WavLM", "ForXVector")()
+    attachment = mm.attach(model, [mm.Head(3), mm.LoRA(2)])
+    assert model(torch.randn(2, 400)).logits.shape == (2, 3)
+    assert len(attachment.sites) == 5
+
+
 def _base(kind: str, **changes: Any) -> Any:
     import transformers
 
@@ -257,9 +264,44 @@ def test_reentrant_checkpointing_is_refused_where_it_would_train_nothing(
         ALL[name].outputs(model)
     with torch.no_grad():
         ALL[name].outputs(model)  # nothing is trained here
+    with mm.disabled(model):
+        ALL[name].outputs(model)  # nor here
     model.gradient_checkpointing_enable({"use_reentrant": False})
     ALL[name].outputs(model)[0].square().sum().backward()
     assert all(p.grad is not None for p in attachment.parameters())
+
+
+@pytest.mark.parametrize("method", ACROSS)
+@pytest.mark.parametrize("name", ["hf_ast", "hf_wav2vec2_large"])
+def test_recomputed_blocks_give_the_same_gradients(name: str, method: str) -> None:
+    model: Any = ALL[name].fresh()
+    attachment = randomise(mm.attach(model, ACROSS[method]), 0.3)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def gradients() -> list[Tensor]:
+        loss = ALL[name].outputs(model)[0].square().sum()
+        return list(torch.autograd.grad(loss, list(attachment.parameters())))
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_close(tuple(gradients()), tuple(plain), 1e-5)
+
+
+def test_while_training_the_frozen_encoder_drops_and_masks_nothing() -> None:
+    """Its own defaults would drop blocks and mask half of a short clip."""
+    model: Any = _hf_speech("Wav2Vec2", "Model", layerdrop=0.5, mask_time_prob=0.5)()
+    attachment = randomise(mm.attach(model, ACROSS["conv"]), 0.3)
+    wave = torch.randn(2, 200)
+    expected = states(model, wave)
+    with mm.train_mode(model):
+        assert all(layer.training for layer in attachment.layers.values())
+        for _ in range(3):
+            assert_equal((states(model, wave),), (expected,))
+    model.train()
+    assert not torch.equal(states(model, wave), expected)
 
 
 def test_a_part_without_gradients_is_no_checkpointing() -> None:

@@ -147,7 +147,7 @@ def acting(
     """For roles that share a hook: those with a plan in this call, its context, and layers to wake."""
     if not torch.compiler.is_compiling():
         recomputed = forwards.recomputed() if torch.is_grad_enabled() else None
-        if forwards.learning and not torch.is_grad_enabled():
+        if forwards.learning and not torch.is_grad_enabled() and any(s.plan for s in sites):
             forwards.refuse_reentrant()
         if recomputed is not None:
             kept = recomputed[0].plans or {}

@@ -21,7 +21,7 @@ _TEXTS = (
 )
 _DECODERS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 _AUDIO = ("Model", "ForSequenceClassification")
-_FRAMES = ("ForCTC", "ForAudioFrameClassification")
+_SPEECH = (*_AUDIO, "ForCTC", "ForAudioFrameClassification", "ForXVector")
 _WAV2VEC2 = "wav2vec2:wav2vec2_anatomy"
 _VISION = ("VisionModel", "VisionModelWithProjection")
 
@@ -71,15 +71,15 @@ KNOWN: dict[str, str] = {
         "AST",
         ["Model", "ForAudioClassification"],
     ),
-    **_transformers(_WAV2VEC2, "wav2vec2", "Wav2Vec2", (*_AUDIO, *_FRAMES)),
+    **_transformers(_WAV2VEC2, "wav2vec2", "Wav2Vec2", _SPEECH),
     **_transformers(_WAV2VEC2, "hubert", "Hubert", (*_AUDIO, "ForCTC")),
     **_transformers(_WAV2VEC2, "unispeech", "UniSpeech", (*_AUDIO, "ForCTC")),
-    **_transformers(_WAV2VEC2, "unispeech_sat", "UniSpeechSat", (*_AUDIO, *_FRAMES)),
-    **_transformers(_WAV2VEC2, "wavlm", "WavLM", (*_AUDIO, *_FRAMES)),
+    **_transformers(_WAV2VEC2, "unispeech_sat", "UniSpeechSat", _SPEECH),
+    **_transformers(_WAV2VEC2, "wavlm", "WavLM", _SPEECH),
     **{  # its module is named unlike its package
         f"transformers.models.data2vec.modeling_data2vec_audio.Data2VecAudio{head}": (
             f"mmadapt.backbones.{_WAV2VEC2}"
         )
-        for head in (*_AUDIO, *_FRAMES)
+        for head in _SPEECH
     },
 }

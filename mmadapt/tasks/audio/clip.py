@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mmadapt.errors import DataError
-from mmadapt.tasks.audio.levels import check_samples, decibels, notes_on, to_mono
+from mmadapt.tasks.audio.levels import by_channel, check_samples, decibels, notes_on, to_mono
 from mmadapt.tasks.audio.resample import check_rate, resample
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: seconds of sound that a notebook's cell carries at most
 HEARD = 30.0
+_MOST = 1_800_000  # samples, about 5 MB of text in the page
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Audio:
         that are not finite, no samples, and channels that cancel out.
         """
         plain = samples.detach().cpu().numpy() if hasattr(samples, "detach") else samples
-        one = to_mono(check_samples(plain), mono)
+        one = to_mono(by_channel(check_samples(plain)), mono)
         return cls(one, rate, name, notes_on(one))
 
     @property
@@ -85,7 +86,7 @@ class Audio:
         """An `IPython.display.Audio` of its first seconds, at its own level; what is beyond ±1 is cut."""
         from IPython.display import Audio as Player
 
-        heard = self.samples[: round(seconds * self.rate)]
+        heard = self.samples[: min(round(seconds * self.rate), _MOST)]
         return Player(numpy.clip(heard, -1.0, 1.0), rate=self.rate, normalize=False)
 
     def figure(self, features: SpectrumFeatures | None = None) -> Any:

@@ -44,20 +44,23 @@ def check_samples(samples: Any) -> numpy.ndarray:
     return array.astype(numpy.float32)
 
 
-def to_mono(array: numpy.ndarray, mono: str | int) -> numpy.ndarray:
-    """Samples (N, channels), (channels, N) or (N,) as (N,): their "mean", the "first", or one by number.
-
-    The channels are the shorter axis, of 64 at most. Channels whose mean cancels out are refused.
-    """
+def by_channel(array: numpy.ndarray) -> numpy.ndarray:
+    """Samples (N,), (N, channels) or (channels, N) as (N, channels); channels, 64 at most, are fewer."""
     if array.ndim == 1:
-        return array
+        return array[:, None]
     if array.ndim != 2 or min(array.shape) > 64 or array.shape[0] == array.shape[1]:
         raise DataError(
             f"the samples have the shape {array.shape}, expected (N,) or (N, channels)",
             "one recording at a time; a batch is made of several by SpectrumFeatures or WaveFeatures",
         )
-    if array.shape[0] < array.shape[1]:
-        array = array.T
+    return array if array.shape[0] > array.shape[1] else array.T
+
+
+def to_mono(array: numpy.ndarray, mono: str | int) -> numpy.ndarray:
+    """Samples (N, channels) as (N,): the "mean" of the channels, the "first", or one by its number.
+
+    Channels whose mean cancels out are refused.
+    """
     channels = array.shape[1]
     if mono == "mean":
         mixed = array.mean(1)

@@ -39,7 +39,7 @@ def fit_positions(
     bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     columns = (frames - config.patch_size) // config.time_stride + 1
     old = model.embeddings.position_embeddings
-    special, patches = old.detach()[:, :2], old.detach()[:, 2:]
+    special, patches = old.detach()[:, :2], old.detach()[:, 2:].float()
     grid = patches.unflatten(1, (bands, -1)).permute(0, 3, 1, 2)  # (1, C, bands, columns)
     if how == "interpolate":
         grid = F.interpolate(grid, size=(bands, columns), mode="bilinear", align_corners=False)
@@ -48,7 +48,7 @@ def fit_positions(
         if spare < 0:
             raise DataError(f"{columns} columns cannot be cropped from {grid.shape[-1]}")
         grid = grid[..., spare // 2 : spare // 2 + columns]
-    patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(old.dtype)
     model.embeddings.position_embeddings = nn.Parameter(
         torch.cat([special, patches], 1), requires_grad=old.requires_grad
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ def load_audio(
         clip = load_audio("street.flac", start=60, duration=10)
     """
     soundfile = _soundfile()
-    name = source.name if hasattr(source, "name") else source if isinstance(source, str) else ""
+    if isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)
+    name = Path(str(getattr(source, "name", ""))).name
     if isinstance(source, (str, Path)):
-        name = Path(source).name
-        _check_path(Path(source))
+        path = Path(source).expanduser()
+        _check_path(path)
+        name, source = path.name, str(path)
+    elif not hasattr(source, "read"):
+        raise DataError(
+            f"a {type(source).__name__} is no file", "Audio.of(samples, rate) takes arrays"
+        )
     try:
-        with soundfile.SoundFile(source if not isinstance(source, Path) else str(source)) as file:
+        with soundfile.SoundFile(source) as file:
             own, frames = file.samplerate, file.frames
             first = round(start * own)
             if frames and not 0 <= first < frames:
