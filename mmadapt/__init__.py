@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
+        AdapterShadow,
         BiAdaptFormer,
         BiasScale,
         Bottleneck,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         LlamaAdapter,
         LoRA,
         MedSA,
+        SAMMed2D,
         ScaleShift,
         SoftMoA,
         TipAdapter,
@@ -66,9 +68,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvAdapter "
-        "ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible LlamaAdapter LoRA MedSA "
-        "ScaleShift SoftMoA TipAdapter Unlock ZeroInitAttention register_adapter"
+        "Adapter AdapterBias AdapterShadow BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter "
+        "ConvAdapter ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible LlamaAdapter "
+        "LoRA MedSA SAMMed2D ScaleShift SoftMoA TipAdapter Unlock ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

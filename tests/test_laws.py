@@ -86,13 +86,23 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     },
     "med_sa": {
         "paper": mm.MedSA(scale=3.0),
-        "released": mm.MedSA(variant="released", start="published"),
+        "released": mm.MedSA("released", start="published", relative_positions="zero"),
         "volume": mm.MedSA(depth=True, scale=3.0),
         "grid": mm.MedSA("released", depth=True, depth_layout="grid", decoder="frozen", scale=3.0),
     },
     "conv_depth": {
         "volume": mm.ConvDepth(4),
         "behind": mm.ConvDepth(4, kernel=5, norm=False, at="vision.layers[*]:out"),
+        "both": mm.ConvDepth(4, second=True),
+    },
+    "adapter_shadow": {
+        "plain": mm.AdapterShadow(scale=3.0),
+        "branches": mm.AdapterShadow(branches=4, fraction=0.5, scale=3.0),
+        "rank": mm.AdapterShadow(rank=2, skip=True, scale=3.0),
+    },
+    "sam_med2d": {
+        "encoder": mm.SAMMed2D(),
+        "whole": mm.SAMMed2D(decoder="trained", start="published"),
     },
     "conv_adapter": {
         "parallel": mm.ConvAdapter(4, kernel=5),
@@ -143,12 +153,19 @@ FACTS: dict[str, dict[str, Any]] = {
     "med_sa/grid": {"depth": 3},
     "conv_depth/volume": {"depth": 3},
     "conv_depth/behind": {"depth": 3},
+    "conv_depth/both": {"depth": 3},
 }
 
 #: (method, part of a tensor's name) -> why its gradient may be zero
 QUIET: dict[tuple[str, str], str] = {
     ("med_sa", "decoder.masks[0]"): "it makes the single mask, and three are asked for",
     ("med_sa", ".k.bias"): "it moves all of a query's logits alike, which softmax does not see",
+    ("sam_med2d", "decoder.masks[0]"): "it makes the single mask, and three are asked for",
+    ("sam_med2d", ".k.bias"): "it moves all of a query's logits alike, which softmax does not see",
+    ("sam_med2d", "prompt.points[2]"): "it is the corner of a box, and the prompts are points",
+    ("sam_med2d", "prompt.points[3]"): "it is the corner of a box, and the prompts are points",
+    ("sam_med2d", "prompt.no_mask"): "it stands for a mask, and every image has one",
+    ("sam_med2d", "prompt.no_point"): "it stands for a point that is not there",
 }
 
 #: (method, law) -> why it does not apply
@@ -166,6 +183,8 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
 MISFITS: dict[tuple[str, str], str] = {
     ("invertible", "timm_swin"): "its last block has more channels than its first",
     ("invertible/vision", "hf_sam2"): "its last block has more channels than its first",
+    ("conv_depth/both", "hf_sam2"): "attention gives fewer positions where a stage begins",
+    ("adapter_shadow/rank", "hf_sam2"): "a block gives fewer positions where a stage begins",
     ("deep_prompts", "hf_wavlm"): "its attention has positions of its own",
     ("convpass", "hf_sam2"): "attention gives fewer positions than it takes where a stage begins",
     **{
@@ -637,7 +656,7 @@ def _gradients(
     outputs: tuple[Tensor, ...], batch: dict[str, Tensor], attachment: Any
 ) -> list[Tensor]:
     wanted = [*attachment.parameters(), *(t for t in batch.values() if t.requires_grad)]
-    return list(torch.autograd.grad(scalar(outputs), wanted))
+    return list(torch.autograd.grad(scalar(outputs), wanted, materialize_grads=True))
 
 
 @every_case

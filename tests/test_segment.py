@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy
 import pytest
 import torch
 from backbones import BACKBONES
-from snapshot import randomise
+from snapshot import assert_close, randomise
 from torch import Tensor
 
 import mmadapt as mm
@@ -119,7 +120,11 @@ def test_a_prompt_without_meaning_is_refused(prompt: Any, message: str) -> None:
         sam.predict(sam.encode(IMAGE), **prompt)
 
 
-@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+#: every kind of SAM that can be prompted
+KINDS = ["hf_sam", "segment_anything", "hf_sam2"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_an_image_is_encoded_once_and_prompted_many_times(name: str) -> None:
     sam = segmenter(name)
     runs: list[int] = []
@@ -138,6 +143,65 @@ def test_an_image_is_encoded_once_and_prompted_many_times(name: str) -> None:
     assert torch.equal(boxed.best, boxed.masks[int(boxed.overlaps.argmax())])
     assert not torch.equal(one.logits, other.logits)
     assert not torch.equal(one.logits, again.logits)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_answer_of_sam2_is_that_of_transformers_own_processor(several: bool) -> None:
+    """The image is stretched to the square, prompts with it; finer grids are used in the decoder."""
+    from transformers import Sam2ImageProcessor
+
+    sam = segmenter("hf_sam2")
+    assert (sam.side, sam.mask_side) == (64, 16)
+    processor = Sam2ImageProcessor(size={"height": 64, "width": 64})
+    pixels = processor(images=IMAGE, return_tensors="pt")["pixel_values"]
+    # it resizes bytes, so that pixels differ by half a grey
+    assert (sam.prepare(IMAGE) - pixels[0]).abs().max() < 0.02
+    points = torch.tensor([[[[3.0, 4.0], [12.0, 2.0]]]])
+    scaled = points * torch.tensor([64 / 20, 64 / 12])
+    with torch.no_grad():
+        output = sam.model(
+            sam.prepare(IMAGE)[None],
+            input_points=scaled,
+            input_labels=torch.tensor([[[1, 0]]]),
+            multimask_output=several,
+        )
+    ours = sam.predict(sam.encode(IMAGE), points=[(3, 4), (12, 2)], labels=[1, 0], several=several)
+    assert_close(
+        (ours.low, ours.overlaps), (output.pred_masks[0, 0], output.iou_scores[0, 0]), 1e-5
+    )
+    masks = processor.post_process_masks([output.pred_masks[0]], [IMAGE.shape[:2]], binarize=False)
+    assert ours.logits.shape == masks[0][0].shape == (3 if several else 1, 12, 20)
+    # it goes from the decoder's mask to the image at once, we by way of the square
+    assert (ours.masks == (masks[0][0] > 0)).float().mean() > 0.95
+
+
+def test_an_embedding_of_sam2_holds_every_grid_bit_by_bit() -> None:
+    from mmadapt.tasks.segment.model import _unpacked, embed
+
+    model: Any = BACKBONES["hf_sam2"].fresh()
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        packed = embed(model, pixels)
+        expected = model.get_image_embeddings(pixels)
+    assert packed.shape == (2, 32 + 4 * 8 + 16 * 4, 4, 4)
+    for one, other in zip(_unpacked(model, packed), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_reach_the_finer_grids_of_sam2() -> None:
+    model: Any = BACKBONES["hf_sam2"].fresh()
+    attachment = randomise(mm.attach(model, mm.MedSA("released")), 0.1)
+    assert "0/decoder.fine[0]:weight" in attachment.layers
+    batch = (torch.randn(2, 3, 64, 64), cube((64, 64), 20)[None].repeat(2, 1, 1))
+    segment.PromptedLoss(rounds=1)(model, batch).backward()
+    unreached = {n for n, p in attachment.named_parameters() if p.grad is None or not p.grad.any()}
+    # the single mask, or one of the three where it is unstable; expected overlaps are not trained
+    quiet = ("decoder.masks", "decoder.object", "decoder.iou", "tokens.object", "k.bias")
+    assert not {name for name in unreached if not any(part in name for part in quiet)}
+    with torch.no_grad():
+        found = segment.PromptedLoss(rounds=1)(model, batch)
+        mm.set_active(model)
+        assert found != segment.PromptedLoss(rounds=1)(model, batch)
 
 
 def test_both_libraries_answer_alike() -> None:
@@ -232,7 +296,7 @@ def test_clicks_fall_on_the_object_and_on_errors() -> None:
         assert points[2, 0].tolist() == [5.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+@pytest.mark.parametrize("name", KINDS)
 def test_an_adapted_sam_learns_from_clicks(name: str) -> None:
     model = BACKBONES[name].fresh()
     sam = segment.Segmenter(model)
@@ -243,6 +307,7 @@ def test_an_adapted_sam_learns_from_clicks(name: str) -> None:
     for place, image in enumerate(images):
         image[4 : 9 + place, 3:12] += 150
         masks[place, 4 : 9 + place, 3:12] = 1
+    masks = masks.repeat_interleave(sam.side // 16, 1).repeat_interleave(sam.side // 16, 2)
     pixels = torch.stack([sam.prepare(image) for image in images])
     history = mm.fit(
         model,
@@ -254,6 +319,49 @@ def test_an_adapted_sam_learns_from_clicks(name: str) -> None:
         progress=False,
     )
     assert history.losses[-1] < 0.5 * history.losses[0]
+
+
+@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+@pytest.mark.parametrize("trained", ["adapters", "decoder"])
+def test_the_encoder_runs_once_an_image_where_only_the_decoder_learns(
+    name: str, trained: str
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randn(6, 3, 16, 16, generator=draw)
+    masks = (torch.rand(6, 16, 16, generator=draw) > 0.5).float()
+
+    def train(cached: bool) -> tuple[list[float], list[int]]:
+        model: Any = BACKBONES[name].fresh()
+        if trained == "adapters":
+            at: Any = ("decoder.layers[*].token_to_image", "decoder.layers[*].mlp")
+            attachment = mm.attach(model, mm.MedSA(), at=at, seed=1)
+        else:
+            attachment = mm.attach(model, mm.Unlock(), at=segment.decoder_sites(model), seed=1)
+            own = sum(p.numel() for p in model.mask_decoder.parameters())
+            assert attachment.num_parameters == own
+        encoder = getattr(model, "vision_encoder", None) or model.image_encoder
+        images: list[int] = []
+        for part in (encoder.patch_embed, encoder.neck):
+            part.register_forward_hook(lambda _, args, __: images.append(len(args[0])))
+        with contextlib.ExitStack() as stack:
+            if cached:
+                stack.enter_context(mm.cached_prefix(model))
+            history = mm.fit(
+                model,
+                (pixels, masks),
+                loss=segment.PromptedLoss(),
+                steps=9,
+                batch_size=2,
+                progress=False,
+            )
+        return history.losses, images
+
+    plain, images = train(False)
+    assert sum(images) == 2 * 9 * 2
+    cached, images = train(True)
+    assert sum(images) == 2 * 6  # patches and neck, once for every image
+    assert cached == plain
+    assert plain[-1] != plain[0]
 
 
 def test_pixels_of_another_size_are_refused() -> None:

@@ -19,6 +19,7 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.segmentation import AdapterShadow, SAMMed2D
 from mmadapt.adapter.sound import ConvAdapter, ConvPass1d, DeepPrompts, DenseMoA, SoftMoA
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
@@ -31,6 +32,7 @@ __all__ = [
     "Activation",
     "Adapter",
     "AdapterBias",
+    "AdapterShadow",
     "BiAdaptFormer",
     "BiasScale",
     "Bottleneck",
@@ -47,6 +49,7 @@ __all__ = [
     "LlamaAdapter",
     "LoRA",
     "MedSA",
+    "SAMMed2D",
     "ScaleShift",
     "SoftMoA",
     "TipAdapter",

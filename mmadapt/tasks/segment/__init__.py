@@ -9,7 +9,10 @@ history = mm.fit(model, (images, targets), loss=segment.PromptedLoss(), batch_si
 print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)], miss=0.0))
 """
 
+from mmadapt.tasks.segment.automatic import AutoPrompted, dense_points
 from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
+from mmadapt.tasks.segment.coarse import CoarseMask, coarse_loss
+from mmadapt.tasks.segment.figure import before_after, overlay, slices
 from mmadapt.tasks.segment.images import WINDOWS, check_image, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
@@ -19,24 +22,33 @@ from mmadapt.tasks.segment.metrics import (
     summary,
     surface_dice,
 )
+from mmadapt.tasks.segment.model import decoder_sites
 from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
 __all__ = [
     "WINDOWS",
+    "AutoPrompted",
+    "CoarseMask",
     "Encoded",
     "Masks",
     "PromptedLoss",
     "Prompts",
     "Segmenter",
     "Summary",
+    "before_after",
     "check_image",
     "check_prompts",
     "click_on_error",
+    "coarse_loss",
+    "decoder_sites",
+    "dense_points",
     "dice",
     "dice_cross_entropy",
     "first_clicks",
     "hausdorff",
+    "overlay",
+    "slices",
     "summary",
     "surface_dice",
     "window",
