@@ -515,3 +515,20 @@ def test_cuts_stay_inside() -> None:
     for start, seconds in ((1.0, None), (-0.1, None), (0.0, 0.0)):
         with pytest.raises(DataError, match="holds no samples"):
             clip.cut(start, seconds)
+
+
+def test_the_page_about_sound_runs_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    page = (Path(__file__).parents[1] / "docs" / "audio.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    written(tmp_path / "dog.flac", tone(0.2))  # the tiny model hears a quarter of a second
+    monkeypatch.chdir(tmp_path)
+    ast: Any = ALL["hf_ast"].fresh()
+    names: dict[str, Any] = {"ast": ast, "speech": ALL["hf_wav2vec2"].fresh()}
+    for block in blocks:
+        exec(block, names)
+    assert list(mm.attachments(ast)) == ["light", "in-time", "mixed"]
