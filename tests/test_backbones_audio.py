@@ -304,6 +304,23 @@ def test_while_training_the_frozen_encoder_drops_and_masks_nothing() -> None:
     assert not torch.equal(states(model, wave), expected)
 
 
+@pytest.mark.parametrize("name", ["hf_ast", "hf_wav2vec2", "hf_wavlm"])
+def test_a_cached_prefix_still_tells_the_mask_and_wavlms_is_refused(name: str) -> None:
+    """Every block of WavLM is handed the position biases that the first one made."""
+    model: Any = ALL[name].fresh()
+    above = mm.ConvAdapter(2, kernel=3, at="audio.layers[1].mlp")
+    randomise(mm.attach(model, above), 0.3)
+    expected = ALL[name].outputs(model)
+    with mm.cached_prefix(model) as cache:
+        if name == "hf_wavlm":
+            with pytest.raises(CheckError, match=r"(?s)later layers.*without cached_prefix"):
+                ALL[name].outputs(model)
+            return
+        for _ in range(2):
+            assert_equal(ALL[name].outputs(model), expected)
+        assert [tower.found for tower in cache.towers] == [3]
+
+
 def test_a_part_without_gradients_is_no_checkpointing() -> None:
     model: Any = ALL["hf_ast"].fresh()
     mm.attach(model, mm.Bottleneck(2))
