@@ -26,8 +26,12 @@ if TYPE_CHECKING:
         Bottleneck,
         ClipAdapter,
         Compacter,
+        ConvAdapter,
         ConvDepth,
         Convpass,
+        ConvPass1d,
+        DeepPrompts,
+        DenseMoA,
         Head,
         Invertible,
         LlamaAdapter,
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
         MedSA,
         SAMMed2D,
         ScaleShift,
+        SoftMoA,
         TipAdapter,
         Unlock,
         ZeroInitAttention,
@@ -64,8 +69,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "mmadapt.adapter": (
         "Adapter AdapterBias AdapterShadow BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter "
-        "ConvDepth Convpass Head Invertible LlamaAdapter LoRA MedSA SAMMed2D ScaleShift TipAdapter "
-        "Unlock ZeroInitAttention register_adapter"
+        "ConvAdapter ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible LlamaAdapter "
+        "LoRA MedSA SAMMed2D ScaleShift SoftMoA TipAdapter Unlock ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

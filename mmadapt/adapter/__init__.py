@@ -20,6 +20,7 @@ from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
 from mmadapt.adapter.segmentation import AdapterShadow, SAMMed2D
+from mmadapt.adapter.sound import ConvAdapter, ConvPass1d, DeepPrompts, DenseMoA, SoftMoA
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -37,8 +38,12 @@ __all__ = [
     "Bottleneck",
     "ClipAdapter",
     "Compacter",
+    "ConvAdapter",
     "ConvDepth",
+    "ConvPass1d",
     "Convpass",
+    "DeepPrompts",
+    "DenseMoA",
     "Head",
     "Invertible",
     "LlamaAdapter",
@@ -46,6 +51,7 @@ __all__ = [
     "MedSA",
     "SAMMed2D",
     "ScaleShift",
+    "SoftMoA",
     "TipAdapter",
     "Unlock",
     "ZeroInitAttention",
