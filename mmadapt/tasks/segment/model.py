@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapt.core.backbone import unwrap, unwrap_model
+from mmadapt.core.bank import bank_of
+from mmadapt.core.given import context
 from mmadapt.errors import BackboneError
 
 _KINDS = {
@@ -58,17 +61,30 @@ def decoder_sites(m: Any) -> tuple[str, ...]:
     return tuple(f"{role}:weight" for role in sites)
 
 
-def embed(m: Any, pixels: Tensor) -> Tensor:
+def embed(m: Any, pixels: Tensor, depth: int | None = None) -> Tensor:
     """Image embeddings (B, C, h, w) of normalised pixels (B, 3, side, side).
 
     Those of SAM 2 hold its finer grids too, whose pixels under one of the coarsest are channels there.
+    `depth` is how many rows in a row are the slices of one volume; attached layers that ask for it
+    are told, and without it that each row is an image of its own, unless `mm.context` says otherwise.
     """
     model, kind = sam_kind(m)
-    if kind == "sam2":
-        return _packed(model, pixels)
-    if kind == "segment_anything":
-        return model.image_encoder(pixels)
-    return model.vision_encoder(pixels).last_hidden_state
+    with _told(model, depth):
+        if kind == "sam2":
+            return _packed(model, pixels)
+        if kind == "segment_anything":
+            return model.image_encoder(pixels)
+        return model.vision_encoder(pixels).last_hidden_state
+
+
+def _told(model: Any, depth: int | None) -> contextlib.AbstractContextManager[Any]:
+    bank = bank_of(model)
+    if bank is None or (depth is None and "depth" in bank.forwards.given):
+        return contextlib.nullcontext()
+    layers = [layer for name in bank.records for _, layer in bank.layers_of(name)]
+    if not any("depth" in layer.facts for layer in layers):
+        return contextlib.nullcontext()
+    return context(model, depth=depth or 1)
 
 
 def decode(
