@@ -65,13 +65,20 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        from transformers import AutoModel
-
-        return Backbone(AutoModel.from_pretrained(folder).eval(), entry=item)
+        return Backbone(_transformers(folder), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
     )
+
+
+def _transformers(folder: Path) -> nn.Module:
+    """A model in the precision its configuration names; the global random state stays where it is."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.random.fork_rng(devices=[]):
+        return AutoModel.from_pretrained(folder).eval()
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:

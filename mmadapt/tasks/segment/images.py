@@ -87,6 +87,29 @@ def check_image(image: Any, grey: bool = False) -> numpy.ndarray:
     if array.ndim != 3 or shape[2] != 3:
         raise DataError(
             f"the image is {shape}, expected (H, W, 3)",
-            "of a volume take one slice; of a series one time",
+            "Segmenter.encode_stack takes the slices of a volume; of a series take one time",
         )
+    return array
+
+
+def check_stack(slices: Any, grey: bool = False) -> numpy.ndarray:
+    """The slices of one volume as an array (D, H, W, 3), or a `DataError` that says what it is instead.
+
+    With `grey` it is (D, H, W), or (D, H, W, 1).
+    """
+    array = numpy.asarray(slices)
+    axes = 3 if grey and array.shape[-1:] not in ((1,), (3,)) else 4
+    if array.ndim != axes:
+        expected = "(D, H, W)" if grey else "(D, H, W, 3)"
+        hint = (
+            "a volume of one slice is image[None]"
+            if array.ndim < axes
+            else "take one time of a series"
+        )
+        if array.ndim == 3 and not grey:
+            hint = "pass grey=True for slices of one channel; " + hint
+        raise DataError(f"the slices are of shape {tuple(array.shape)}, expected {expected}", hint)
+    if not len(array):
+        raise DataError(f"a stack of shape {tuple(array.shape)} has no slices")
+    check_image(array[0], grey)
     return array

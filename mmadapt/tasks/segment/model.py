@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmadapt.core.backbone import unwrap, unwrap_model
+from mmadapt.core.given import context
 from mmadapt.errors import BackboneError
 
 _KINDS = {
@@ -49,12 +51,27 @@ def decoder_sites(m: Any) -> tuple[str, ...]:
     return tuple(f"{role}:weight" for role in sites)
 
 
-def embed(m: Any, pixels: Tensor) -> Tensor:
-    """Image embeddings (B, C, h, w) of normalised and padded pixels (B, 3, side, side)."""
+def embed(m: Any, pixels: Tensor, depth: int | None = None) -> Tensor:
+    """Image embeddings (B, C, h, w) of normalised and padded pixels (B, 3, side, side).
+
+    `depth` is how many rows in a row are the slices of one volume; attached layers that ask for it
+    are told, and without it that each row is an image of its own, unless `mm.context` says otherwise.
+    """
     model, kind = sam_kind(m)
-    if kind == "segment_anything":
-        return model.image_encoder(pixels)
-    return model.vision_encoder(pixels).last_hidden_state
+    with _told(model, depth):
+        if kind == "segment_anything":
+            return model.image_encoder(pixels)
+        return model.vision_encoder(pixels).last_hidden_state
+
+
+def _told(model: Any, depth: int | None) -> contextlib.AbstractContextManager[Any]:
+    bank = getattr(model, "_mmadapt", None)
+    if bank is None or (depth is None and "depth" in bank.forwards.given):
+        return contextlib.nullcontext()
+    layers = [layer for name in bank.records for _, layer in bank.layers_of(name)]
+    if not any("depth" in layer.facts for layer in layers):
+        return contextlib.nullcontext()
+    return context(model, depth=depth or 1)
 
 
 def decode(
