@@ -25,6 +25,13 @@ REDUCED = (256, 6, 4, (2, 5), 448)
 VIT_B = (768, 12, 12, (2, 5, 8, 11), 448)
 #: for tests
 TINY = (32, 2, 2, (1,), 64)
+#: pixels and precision of the memory tables
+COLUMNS = [
+    (1024, torch.float32),
+    (1024, torch.bfloat16),
+    (512, torch.float32),
+    (256, torch.float32),
+]
 SLICES = 8
 RANK = 8
 

@@ -174,7 +174,8 @@ def sam_cost(monkeypatch):
     import sam_cost
 
     yield sam_cost
-    for name in ("sam_cost", "sam_cost_cases", "cost", "cost_clock", "cost_tables", "machine"):
+    names = ("sam_cost", "sam_cost_cases", "sam_cost_tables", "cost", "cost_clock", "cost_tables")
+    for name in (*names, "machine"):
         sys.modules.pop(name, None)
 
 
