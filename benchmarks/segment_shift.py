@@ -29,8 +29,8 @@ PAGE = HERE.parent / "docs" / "segmentation.md"
 BACKBONE = "tiny/sam"
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, dict[str, int]] = {
-    "volumes": {"train": 24, "test": 24, "steps": 130, "batch": 2},
-    "images": {"train": 24, "test": 96, "steps": 130, "batch": 8},
+    "volumes": {"train": 24, "test": 24, "steps": 110, "batch": 2},
+    "images": {"train": 24, "test": 96, "steps": 100, "batch": 8},
 }
 SCENES = 64
 BASELINES = ("frozen", "best fixed ellipsoid")

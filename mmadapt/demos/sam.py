@@ -37,7 +37,8 @@ from mmadapt.train.cache import data_digest
 BACKBONE = "tiny/sam"
 FLAT, KEPT = "Bottleneck", "ConvDepth"
 TEST_VOLUMES = 24
-STEPS, BATCH = 130, 2
+STEPS, BATCH = 110, 2
+SCENES = 64  # of those the backbone knows
 
 
 def task(shots: int = 24, test_volumes: int = TEST_VOLUMES) -> tuple[Cases, Cases]:
@@ -57,7 +58,7 @@ def run(
     train, test = task(shots)
     sam = mm.load(BACKBONE)
     show(f"{sam!r}\n{len(train)} volumes to train on, {len(test)} to test on, one click each\n")
-    results = [run_frozen(sam, test), run_ellipsoid(train, test)]
+    results = [run_frozen(sam, test, scenes=SCENES), run_ellipsoid(train, test)]
     before = predictions(sam, test)
     data = training_tensors(sam, train)
     for name in (FLAT, KEPT):
@@ -66,7 +67,7 @@ def run(
             attachment, history, seconds = adapt(
                 sam, METHODS[name], data, name="organs", seed=seed, steps=STEPS, batch=BATCH
             )
-            results.append(finish(sam, name, history, seconds, seed, test))
+            results.append(finish(sam, name, history, seconds, seed, test, SCENES))
             show(f"{name}, seed {seed}: Dice {results[-1].mean:.3f}, {seconds:.0f} s of training")
     assert attachment is not None
     table = summary(results)

@@ -18,7 +18,7 @@ from mmadapt.tasks.scenes import LEAST_CONTRAST, PATTERNS, exposed, patterned, t
 
 SIDE = 64
 THINGS = 2  # in a scene
-LEAST_AREA = 150  # visible pixels; of less, no mask is given
+SCALE, LEAST_AREA = (0.6, 1.0), 250  # of the image's side; visible pixels, of less no mask is given
 HELD_OUT_SHAPES = ("heart", "arrow")  # never shown in training
 KINDS = ("seen", "held_out_shapes")
 
@@ -27,7 +27,7 @@ def scenes(n: int, *, seed: int, kind: str = "seen") -> tuple[np.ndarray, np.nda
     """Draw scenes of two things each, the same ones for the same arguments.
 
     Returns images, uint8 (n, 64, 64, 3), and the visible part of each thing, bool (n, 2, 64, 64),
-    false throughout where fewer than 150 pixels are seen. `kind` is "seen" for what training may
+    false throughout where fewer than 250 pixels are seen. `kind` is "seen" for what training may
     show, or "held_out_shapes" for scenes of hearts and arrows, which it does not.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -40,11 +40,21 @@ def scenes(n: int, *, seed: int, kind: str = "seen") -> tuple[np.ndarray, np.nda
 
 
 def draw_scenes(
-    count: int, generator: torch.Generator, *, kind: str = "seen"
+    count: int,
+    generator: torch.Generator,
+    *,
+    kind: str = "seen",
+    scale: tuple[float, float] = SCALE,
+    least: int = LEAST_AREA,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in [0, 1], (count, 3, 64, 64), and visible masks, bool (count, 2, 64, 64)."""
+    """Images in [0, 1], (count, 3, 64, 64), and visible masks, bool (count, 2, 64, 64).
+
+    `scale` is the range of sizes, 1 for a thing about as large as the image; a mask of fewer than
+    `least` pixels is left empty.
+    """
     things = THINGS * count
-    coverage = _place(_outlines(things, generator, kind), generator).view(count, THINGS, SIDE, SIDE)
+    placed = _place(_outlines(things, generator, kind), generator, scale)
+    coverage = placed.view(count, THINGS, SIDE, SIDE)
     colours = _colours(count, generator)
     pattern = torch.randint(len(PATTERNS), (count * (THINGS + 1),), generator=generator)
     fills = patterned(pattern, colours.flatten(0, 1), generator, size=SIDE)
@@ -55,7 +65,7 @@ def draw_scenes(
         images = images * (1 - own) + fills[:, place + 1] * own
         visible[:, :place] &= ~(own > 0.5)
         visible[:, place] = own[:, 0] > 0.5
-    visible &= visible.sum((2, 3), keepdim=True) >= LEAST_AREA
+    visible &= visible.sum((2, 3), keepdim=True) >= least
     return exposed(images, generator), visible
 
 
@@ -86,14 +96,16 @@ def _blobs(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.sigmoid((edge - radius) * 30)[:, None]
 
 
-def _place(outlines: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _place(
+    outlines: torch.Tensor, generator: torch.Generator, sizes: tuple[float, float]
+) -> torch.Tensor:
     """Turn, shrink and move each thing; it may reach over the border."""
     count = len(outlines)
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(count, generator=generator) * (high - low) + low
 
-    angle, scale, aspect = uniform(0, 2 * math.pi), uniform(0.5, 1.0), uniform(0.7, 1.0)
+    angle, scale, aspect = uniform(0, 2 * math.pi), uniform(*sizes), uniform(0.7, 1.0)
     cosine, sine = torch.cos(angle), torch.sin(angle)
     matrix = torch.zeros(count, 2, 3)
     matrix[:, 0, 0], matrix[:, 0, 1] = cosine / scale, sine / scale
