@@ -184,7 +184,7 @@ def times(quick: bool, folder: Path) -> dict[str, Any]:
         sys.path.insert(0, str(overlay("peft", folder)))
     shape, slices = (TINY, 2) if quick else (REDUCED, 4)
     cases = list(timed(shape, slices))
-    rounds = (3, 3) if quick else (13, 7)
+    rounds = (3, 3) if quick else (5, 5)
     forwards = interleaved({case.key: case.forward for case in cases}, rounds[0], 1, warm=False)
     training = [case for case in cases if case.trained]
     steps = interleaved({case.key: case.step for case in training}, rounds[1], 1, warm=False)
