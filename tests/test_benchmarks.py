@@ -190,13 +190,12 @@ def test_the_tables_of_sams_cost_are_those_of_the_committed_numbers(sam_cost):
 
 
 def test_what_sams_encoder_keeps_follows_from_its_shapes(sam_cost):
-    """Counted by hand: a global block of vit_b holds its attention twice beside its other tensors."""
     parts = sam_cost.parts("vit_b")
     assert parts == SAM["memory"]["parts"]["vit_b"]
     assert (parts["windowed"], parts["global"]) == (181_973_760, 933_298_176)
     assert parts["input"] == 64 * 64 * 768 * 4
     assert parts["matrix"] == 12 * 4096**2 * 4
-    assert parts["matrix"] < parts["global"] - parts["windowed"] + 12 * 25 * 196**2 * 4
+    assert parts["matrix"] < parts["global"] < 1.2 * parts["matrix"]  # one, beside smaller things
     blocks = 8 * parts["windowed"] + 4 * parts["global"]
     assert blocks < parts["encoder"] < 1.02 * blocks
 
