@@ -78,12 +78,17 @@ def measure(part: str, method: str, seed: int) -> dict[str, Any]:
 
 
 def jobs() -> list[tuple[str, str, int]]:
-    """Every (part, method, seed); baselines have one seed."""
-    found = []
-    for part in SETTINGS:
-        found += [(part, method, 0) for method in BASELINES]
-        found += [(part, method, seed) for seed in SEEDS for method in methods(part)]
+    """Every (part, method, seed), seed by seed; baselines have one seed."""
+    found = [(part, method, 0) for part in SETTINGS for method in BASELINES]
+    for seed in SEEDS:
+        found += [(part, method, seed) for part in SETTINGS for method in methods(part)]
     return found
+
+
+def finished(known: dict[str, Any], part: str) -> list[int]:
+    """The seeds with which every method was run."""
+    done = {(row["part"], row["method"], row["seed"]) for row in known["rows"]}
+    return [s for s in SEEDS if all((part, method, s) in done for method in methods(part))]
 
 
 def run(processes: int) -> dict[str, Any]:
@@ -127,7 +132,8 @@ def table(known: dict[str, Any], part: str) -> str:
         "| source IoU point, on / off | training, CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    rows = [row for row in known["rows"] if row["part"] == part]
+    seeds, size = finished(known, part), known["settings"][part]
+    rows = [row for row in known["rows"] if row["part"] == part and row["seed"] in seeds]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         depth = method in compare.METHODS and compare.METHODS[method].depth
@@ -149,6 +155,11 @@ def table(known: dict[str, Any], part: str) -> str:
             )
             + " |"
         )
+    lines.append(
+        f"\n{size['train']} to train on, {size['steps']} steps of {size['batch']}, {size['test']} to "
+        f"test on; {'seeds' if len(seeds) > 1 else 'one seed,'} {', '.join(map(str, seeds))}. "
+        f"{known['machine']}. `python benchmarks/segment_shift.py` writes it."
+    )
     return "\n".join(lines)
 
 
@@ -189,7 +200,9 @@ def write(document: str, known: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=1)
-    known = run(parser.parse_args().processes)
+    parser.add_argument("--write", action="store_true", help="run nothing, only write the tables")
+    options = parser.parse_args()
+    known = json.loads(RESULTS.read_text()) if options.write else run(options.processes)
     PAGE.write_text(write(PAGE.read_text(), known))
 
 

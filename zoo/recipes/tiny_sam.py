@@ -215,14 +215,14 @@ def measure(run: Training, count: int = 2000) -> dict:
             "point_best_of_three": "the same click, the best of three answers",
             "two_points": "a second click where the first answer is wrong",
             "seen": "the kinds of things that training shows",
-            "held_out_shapes": f"scenes of {' and '.join(HELD_OUT_SHAPES)}s, which it does not",
+            "held_out_shapes": f"scenes of {' and '.join(f'{s}s' for s in HELD_OUT_SHAPES)}, which it does not",
             "small_things": f"scenes with smaller things, asked for from {SMALL['least']} pixels on",
         },
         "training_loss": "Dice plus twice cross-entropy; of three answers to a click the best one "
         "counts; mask prompts were given with the second click",
         "weights": "averaged over steps, after rounding to fp16",
         "selection": "one seed, last step. The length of the run and the size of the things were "
-        "settled while it ran, looking at 192 other scenes",
+        "settled looking at 192 other scenes",
         "training_seed": SEED,
         "steps": run.steps,
         "batch": BATCH,
