@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         LoRA,
         MedSA,
         ScaleShift,
+        ThreeDSAM,
         TipAdapter,
         Unlock,
         ZeroInitAttention,
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "mmadapt.adapter": (
         "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvDepth "
-        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift TipAdapter Unlock "
-        "ZeroInitAttention register_adapter"
+        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift ThreeDSAM TipAdapter "
+        "Unlock ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapt.core.anatomy import find_anatomy
+from mmadapt.errors import MmadaptError
 
 WIDTH, LAYERS, HEADS, DIM = 16, 2, 2, 8
 IMAGE, PATCH, VOCABULARY, CONTEXT = 16, 8, 32, 6
@@ -853,4 +854,37 @@ RELATIVES: dict[str, Tiny] = {
     )
 }
 
-ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES}
+
+def volumes(rows: int) -> dict[str, Tensor]:
+    """A volume of 8 × 8 × 8, two clicks (z, y, x) in it with a label each, for every row."""
+    draw = torch.Generator().manual_seed(16)
+    return {
+        "pixel_values": torch.randn(rows, 1, 8, 8, 8, generator=draw),
+        "input_points": 7 * torch.rand(rows, 2, 3, generator=draw),
+        "input_labels": torch.randint(0, 2, (rows, 2), generator=draw),
+    }
+
+
+def _whole_or_sliced(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of the volumes, or the embeddings of their first slices where no adapter takes volumes."""
+    try:
+        return model(**batch)
+    except (TypeError, ValueError) as refused:  # as SAM's own forward does
+        if isinstance(refused, MmadaptError):
+            raise
+    bare = getattr(model, "_orig_mod", model)
+    encoder = bare.vision_encoder if hasattr(bare, "vision_encoder") else bare.image_encoder
+    slices = batch["pixel_values"][:, :, 0].repeat(1, 3, 2, 2)
+    found = encoder(slices)
+    return found if isinstance(found, Tensor) else found.last_hidden_state
+
+
+#: SAM as methods for whole volumes meet it
+VOLUMES: dict[str, Tiny] = {
+    f"{name}_volume": Tiny(
+        f"{name}_volume", BACKBONES[name].build, volumes, lambda output: (output,), _whole_or_sliced
+    )
+    for name in ("hf_sam", "segment_anything")
+}
+
+ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES}

@@ -19,6 +19,7 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.three_d_sam import ThreeDSAM
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -43,6 +44,7 @@ __all__ = [
     "LoRA",
     "MedSA",
     "ScaleShift",
+    "ThreeDSAM",
     "TipAdapter",
     "Unlock",
     "ZeroInitAttention",

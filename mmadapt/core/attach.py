@@ -79,11 +79,11 @@ def resolve(
 
 def _matches(pattern: str, spans: Any, ports: tuple[str, ...]) -> bool:
     """Whether `pattern` selects roles, all of which offer a port among `ports`."""
-    from mmadapt.core.site import match_roles
+    from mmadapt.core.site import match_roles, offers
 
     roles, port = match_roles(pattern, spans)
     return bool(roles) and all(
-        {port or p for p in ports} & set(spans[role].ports) for role in roles
+        {port or p for p in ports} & set(offers(spans[role])) for role in roles
     )
 
 

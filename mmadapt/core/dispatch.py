@@ -192,6 +192,9 @@ class AroundHook(SiteHook):
         done = super().__call__(self.site.module, args, kwargs)
         return self.call(*args, **kwargs) if done is None else done[0]
 
+    #: torch.export looks where a forward was written
+    __code__ = __call__.__code__
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
         if self.before is not None:
