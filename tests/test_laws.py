@@ -504,7 +504,7 @@ def test_what_is_loaded_computes_the_same_in_a_fresh_process(case: Case, tmp_pat
         json.dumps(case.facts),
     ]
     subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)
-    assert_close(torch.load(out), case.without_grad(model), 1e-6)
+    assert_close(torch.load(out), case.without_grad(model), 1e-5)
 
 
 @every_case
@@ -766,7 +766,8 @@ def test_the_exported_program_equals_the_adapted_model(case: Case) -> None:
     with case.told(model):
         program = torch.export.export(model, (), case.tiny.batch(3))
     with torch.no_grad():
-        assert_close(case.tiny.read(program.module()(**case.tiny.batch(3))), expected, 1e-6)
+        # a program cannot hold the fused attention that torch picks without gradients
+        assert_close(case.tiny.read(program.module()(**case.tiny.batch(3))), expected, 1e-5)
     assert_equal(case.without_grad(model), expected)
 
 

@@ -252,6 +252,39 @@ def test_a_compiled_model_computes_everything_and_is_right() -> None:
                 assert torch.allclose(compiled(images).last_hidden_state, expected, atol=1e-5)
 
 
+def test_a_tower_in_which_nothing_acts_is_kept_as_its_output() -> None:
+    tiny = BACKBONES["hf_sam"]
+    model: Any = tiny.fresh()
+    randomise(mm.attach(model, mm.Bottleneck(2), name="neck", at="vision.neck.conv1"))
+    randomise(mm.attach(model, mm.Bottleneck(2), name="decoder", at="decoder.layers[*].mlp"))
+    necks: list[int] = []
+    model.vision_encoder.neck.conv1.register_forward_hook(lambda *_: necks.append(1))
+    batch = tiny.batch(2)
+    expected = {}
+    for name in ("neck", "decoder"):
+        mm.set_active(model, name)
+        expected[name] = tiny.outputs(model, batch)
+    with torch.no_grad(), mm.cached_prefix(model) as cache:
+        necks.clear()
+        for name, text in (
+            ("decoder", "the whole tower passed over, 2 rows found, 2 computed"),
+            ("neck", "2 of 2 layers passed over, 4 rows found, 4 computed"),
+        ):
+            mm.set_active(model, name)
+            for _ in range(2):
+                for one, other in zip(tiny.outputs(model, batch), expected[name], strict=True):
+                    assert torch.allclose(one, other, atol=1e-5), name
+            assert text in repr(cache)
+        assert len(necks) == 1 + (1 + 2 + 1)  # the neck's adapter: once more to verify, both ways
+        weight = model.vision_encoder.neck.conv2.weight
+        mm.set_active(model, "decoder")
+    with torch.no_grad(), mm.cached_prefix(model):
+        tiny.outputs(model, batch)
+        weight.add_(1.0)
+        with pytest.raises(CheckError, match="in the cached layers changed"):
+            tiny.outputs(model, batch)
+
+
 # -- the pieces -----------------------------------------------------------------------------------
 
 

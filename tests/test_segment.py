@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -254,6 +255,49 @@ def test_an_adapted_sam_learns_from_clicks(name: str) -> None:
         progress=False,
     )
     assert history.losses[-1] < 0.5 * history.losses[0]
+
+
+@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+@pytest.mark.parametrize("trained", ["adapters", "decoder"])
+def test_the_encoder_runs_once_an_image_where_only_the_decoder_learns(
+    name: str, trained: str
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randn(6, 3, 16, 16, generator=draw)
+    masks = (torch.rand(6, 16, 16, generator=draw) > 0.5).float()
+
+    def train(cached: bool) -> tuple[list[float], list[int]]:
+        model: Any = BACKBONES[name].fresh()
+        if trained == "adapters":
+            at: Any = ("decoder.layers[*].token_to_image", "decoder.layers[*].mlp")
+            attachment = mm.attach(model, mm.MedSA(), at=at, seed=1)
+        else:
+            attachment = mm.attach(model, mm.Unlock(), at=segment.decoder_sites(model), seed=1)
+            own = sum(p.numel() for p in model.mask_decoder.parameters())
+            assert attachment.num_parameters == own
+        encoder = getattr(model, "vision_encoder", None) or model.image_encoder
+        images: list[int] = []
+        for part in (encoder.patch_embed, encoder.neck):
+            part.register_forward_hook(lambda _, args, __: images.append(len(args[0])))
+        with contextlib.ExitStack() as stack:
+            if cached:
+                stack.enter_context(mm.cached_prefix(model))
+            history = mm.fit(
+                model,
+                (pixels, masks),
+                loss=segment.PromptedLoss(),
+                steps=9,
+                batch_size=2,
+                progress=False,
+            )
+        return history.losses, images
+
+    plain, images = train(False)
+    assert sum(images) == 2 * 9 * 2
+    cached, images = train(True)
+    assert sum(images) == 2 * 6  # patches and neck, once for every image
+    assert cached == plain
+    assert plain[-1] != plain[0]
 
 
 def test_pixels_of_another_size_are_refused() -> None:

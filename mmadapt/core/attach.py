@@ -157,7 +157,7 @@ def detach(m: Any, name: str | None = None) -> None:
 
     Its keys, values, hooks, `requires_grad` and train/eval flags are those before the first attach.
     """
-    from mmadapt.core.bank import reset_compiled_code
+    from mmadapt.core.compiled import reset_compiled_code
     from mmadapt.core.merge import take_out
 
     _, bank = require_bank(m)

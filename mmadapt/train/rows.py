@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +71,37 @@ def _bits(rows: Tensor) -> Tensor:
         )
         rows = rows.view(size)
     return rows.to(torch.int64)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an output of several tensors with rows of one kind is made of a single tensor (B, N)."""
+
+    structure: Any
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, output: Any, count: int) -> Form | None:
+        """The form of an output for `count` rows; None where a part of it is not kept by rows."""
+        leaves, structure = torch.utils._pytree.tree_flatten(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        by_row = all(t.ndim > 1 and len(t) == count and not t.requires_grad for t in tensors)
+        if not tensors or len(tensors) < len(leaves) or not by_row:
+            return None
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            return None
+        return cls(structure, tuple(tensor.shape[1:] for tensor in tensors))
+
+    def rows(self, output: Any) -> Tensor:
+        """The output as one tensor (B, N)."""
+        leaves, _ = torch.utils._pytree.tree_flatten(output)
+        return torch.cat([leaf.flatten(1) for leaf in leaves], 1)
+
+    def output(self, rows: Tensor) -> Any:
+        """The output that these rows (B, N) were."""
+        parts = rows.split([shape.numel() for shape in self.shapes], 1)
+        leaves = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return torch.utils._pytree.tree_unflatten(leaves, self.structure)
 
 
 class RowStore:

@@ -10,6 +10,7 @@ print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)],
 """
 
 from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
+from mmadapt.tasks.segment.figure import before_after, overlay, slices
 from mmadapt.tasks.segment.images import WINDOWS, check_image, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
@@ -19,6 +20,7 @@ from mmadapt.tasks.segment.metrics import (
     summary,
     surface_dice,
 )
+from mmadapt.tasks.segment.model import decoder_sites
 from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
@@ -30,13 +32,17 @@ __all__ = [
     "Prompts",
     "Segmenter",
     "Summary",
+    "before_after",
     "check_image",
     "check_prompts",
     "click_on_error",
+    "decoder_sites",
     "dice",
     "dice_cross_entropy",
     "first_clicks",
     "hausdorff",
+    "overlay",
+    "slices",
     "summary",
     "surface_dice",
     "window",

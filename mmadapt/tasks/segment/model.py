@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmadapt.core.backbone import unwrap_model
+from mmadapt.core.backbone import unwrap, unwrap_model
 from mmadapt.errors import BackboneError
 
 _KINDS = {
@@ -36,6 +36,17 @@ def sides(m: Any) -> tuple[int, int]:
         return model.image_encoder.img_size, model.prompt_encoder.mask_input_size[0]
     prompts = model.config.prompt_encoder_config
     return model.config.vision_config.image_size, 4 * prompts.image_embedding_size
+
+
+def decoder_sites(m: Any) -> tuple[str, ...]:
+    """The sites of every tensor of a SAM's mask decoder, to train it in full.
+
+    mm.attach(model, mm.Unlock(), at=segment.decoder_sites(model))
+    """
+    model, anatomy, _ = unwrap(m)
+    spans = anatomy.roles(model)
+    sites = [r for r, s in spans.items() if r.startswith("decoder.") and "weight" in s.ports]
+    return tuple(f"{role}:weight" for role in sites)
 
 
 def embed(m: Any, pixels: Tensor) -> Tensor:
