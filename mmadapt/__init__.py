@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
+        Any2Point,
         BiAdaptFormer,
         BiasScale,
         Bottleneck,
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvDepth "
-        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift ThreeDSAM TipAdapter "
+        "Adapter AdapterBias Any2Point BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter "
+        "ConvDepth Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift ThreeDSAM TipAdapter "
         "Unlock ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",

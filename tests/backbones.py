@@ -887,4 +887,36 @@ VOLUMES: dict[str, Tiny] = {
     for name in ("hf_sam", "segment_anything")
 }
 
-ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES}
+
+def clouds(rows: int) -> dict[str, Tensor]:
+    """Clouds of 40 points in the unit ball."""
+    draw = torch.Generator().manual_seed(17)
+    points = torch.randn(rows, 40, 3, generator=draw)
+    return {"pixel_values": points / points.norm(dim=-1, keepdim=True).clamp(min=1)}
+
+
+def _classes_or_tokens(output: Any) -> tuple[Tensor, ...]:
+    return (output if isinstance(output, Tensor) else output.last_hidden_state,)
+
+
+def _points_or_images(model: Any, batch: dict[str, Tensor]) -> Any:
+    try:
+        return model(**batch)
+    except ValueError as refused:  # as the embeddings' own forward does
+        if isinstance(refused, MmadaptError):
+            raise
+    rows = len(batch["pixel_values"])
+    flat = batch["pixel_values"].flatten(1)[:, : IMAGE * 7].repeat(1, 7)
+    image = flat[:, : 3 * IMAGE * 2].repeat(1, IMAGE // 2)
+    return getattr(model, "_orig_mod", model)(image.view(rows, 3, IMAGE, IMAGE))
+
+
+#: vision transformers as methods for clouds of points meet them
+CLOUDS: dict[str, Tiny] = {
+    f"{name}_points": Tiny(
+        f"{name}_points", BACKBONES[name].build, clouds, _classes_or_tokens, _points_or_images
+    )
+    for name in ("hf_vit", "hf_dinov2")
+}
+
+ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES, **CLOUDS}

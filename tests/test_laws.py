@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from backbones import BACKBONES, VOLUMES, Tiny, embeddings
+from backbones import BACKBONES, CLOUDS, VOLUMES, Tiny, embeddings
 from snapshot import (
     assert_close,
     assert_equal,
@@ -95,6 +95,10 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "general": mm.ThreeDSAM(zoom=2, window=2, planes=3, queries=3, heads=2),
         "released": mm.ThreeDSAM("released", zoom=2, window=3, planes=4, heads=4),
     },
+    "any2point": {
+        "classes": mm.Any2Point(5, tokens=8, neighbours=6, neck=4, dropout=0.0, head_width=12),
+        "tokens": mm.Any2Point(tokens=4, neighbours=4, voxel=0.5, dropout=0.0, train_norm=False),
+    },
     "convpass": {
         "identity-kernel": mm.Convpass(4, scale=0.5, dropout=0.0),
         "xavier-kernel": mm.Convpass(4, kernel="xavier"),
@@ -139,7 +143,7 @@ FACTS: dict[str, dict[str, Any]] = {
 }
 
 #: methods that take whole volumes, and so meet other batches
-HOSTS: dict[str, dict[str, Tiny]] = {"three_d_sam": VOLUMES}
+HOSTS: dict[str, dict[str, Tiny]] = {"any2point": CLOUDS, "three_d_sam": VOLUMES}
 
 #: (method, part of a tensor's name) -> why its gradient may be zero
 QUIET: dict[tuple[str, str], str] = {
@@ -811,7 +815,7 @@ def test_a_misfit_is_refused_with_a_reason(method: str, backbone: str) -> None:
 
 def test_every_backbone_hosts_at_least_one_method() -> None:
     hosted = {param.values[0].tiny.name for param in _cases()}
-    assert hosted - set(VOLUMES) == set(BACKBONES)
+    assert hosted - {*VOLUMES, *CLOUDS} == set(BACKBONES)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

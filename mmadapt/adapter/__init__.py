@@ -9,6 +9,7 @@ or `register_adapter`.
 from __future__ import annotations
 
 from mmadapt.adapter.affine import AdapterBias, BiasScale, ScaleShift
+from mmadapt.adapter.any2point import Any2Point
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.bottleneck import Bottleneck
 from mmadapt.adapter.compacter import Compacter
@@ -31,6 +32,7 @@ __all__ = [
     "Activation",
     "Adapter",
     "AdapterBias",
+    "Any2Point",
     "BiAdaptFormer",
     "BiasScale",
     "Bottleneck",

@@ -49,3 +49,13 @@ class Prompted:
     encoder: nn.Module
     prompts: nn.Module
     decoder: nn.Module
+
+
+@dataclass(eq=False)
+class PatchPositions:
+    """The positions of an image's patches, behind one class token's."""
+
+    #: (rows, columns, C)
+    grid: Tensor
+    #: height and width of the image in pixels
+    size: tuple[float, float]
