@@ -59,7 +59,10 @@ def vit_anatomy(model: Any) -> Anatomy:
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=block_taps("vision", tower, "layernorm_before", "layernorm_after"),
+        taps={
+            **block_taps("vision", tower, "layernorm_before", "layernorm_after"),
+            "tokens": f"{inner}layernorm:out",
+        },
         facts=_vit_facts,
     )
 
@@ -145,7 +148,10 @@ def dinov2_anatomy(model: nn.Module) -> Anatomy:
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=block_taps("vision", path, "norm1", "norm2"),
+        taps={
+            **block_taps("vision", path, "norm1", "norm2"),
+            "tokens": f"{inner}layernorm:out",
+        },
         facts=_dinov2_facts,
     )
 

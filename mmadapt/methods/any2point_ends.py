@@ -161,6 +161,7 @@ class CloudHead(Layer):
     """
 
     additive = False
+    taps = ("tokens",)
     why_not_merge = "it gives classes where the backbone gives tokens"
 
     def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
@@ -186,7 +187,8 @@ class CloudHead(Layer):
         context: Context,
         site: SiteView,
     ) -> Tensor:
-        tokens = call(*args, **kwargs).last_hidden_state
+        call(*args, **kwargs)
+        tokens = context.read(site.taps["tokens"])  # behind the backbone's last norm
         z = torch.cat([tokens[:, 1:].amax(1), tokens[:, 0]], -1)
         for name in ("one", "two", "three"):
             z = linear(z, self.get_parameter(name), self.get_parameter(f"{name}_bias"))

@@ -49,12 +49,12 @@ def waves(places: Tensor, width: int, alpha: float = 1000.0, beta: float = 100.0
 def views(dtype: torch.dtype = torch.float32) -> Tensor:
     """Six rotations (6, 3, 3): about x by quarters of a turn, and about y by one to each side.
 
-    Those about y are turned by a quarter about z as well.
+    The images of those about y are turned by a quarter, too.
     """
     quarter = math.pi / 2
     about_x = [_rotation(0, turn * quarter) for turn in range(4)]
     turned = _rotation(2, quarter)
-    about_y = [turned @ _rotation(1, sign * quarter) for sign in (1, -1)]
+    about_y = [_rotation(1, sign * quarter) @ turned for sign in (1, -1)]
     return torch.stack([*about_x, *about_y]).to(dtype)
 
 
