@@ -14,6 +14,8 @@ wanted = (
     "mmadapt/_zoo_data/manifest.json",
     "mmadapt/_zoo_data/tiny/clip/model.safetensors",
     "mmadapt/_zoo_data/tiny/clip/bpe.txt.gz",
+    "mmadapt/_zoo_data/tiny/sam/config.json",
+    "mmadapt/_zoo_data/tiny/sam/model.safetensors",
 )
 missing = [name for name in wanted if name not in names]
 stray = [n for n in names if "recipes" in n or "tutorials" in n or "/tests" in n or ".ipynb" in n]

@@ -20,20 +20,27 @@ if TYPE_CHECKING:
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
+        AdapterShadow,
         Any2Point,
         BiAdaptFormer,
         BiasScale,
         Bottleneck,
         ClipAdapter,
         Compacter,
+        ConvAdapter,
         ConvDepth,
         Convpass,
+        ConvPass1d,
+        DeepPrompts,
+        DenseMoA,
         Head,
         Invertible,
         LlamaAdapter,
         LoRA,
         MedSA,
+        SAMMed2D,
         ScaleShift,
+        SoftMoA,
         ThreeDSAM,
         TipAdapter,
         Unlock,
@@ -63,9 +70,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias Any2Point BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter "
-        "ConvDepth Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift ThreeDSAM TipAdapter "
-        "Unlock ZeroInitAttention register_adapter"
+        "Adapter AdapterBias AdapterShadow Any2Point BiAdaptFormer BiasScale Bottleneck ClipAdapter "
+        "Compacter ConvAdapter ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible "
+        "LlamaAdapter LoRA MedSA SAMMed2D ScaleShift SoftMoA ThreeDSAM TipAdapter Unlock "
+        "ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

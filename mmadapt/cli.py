@@ -39,13 +39,21 @@ def _demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo", help="adapt a small backbone that comes with the package, and report"
     )
-    demo.add_argument("name", nargs="?", default="clip", choices=("clip",), help="which (clip)")
+    demo.add_argument(
+        "name",
+        nargs="?",
+        default="clip",
+        choices=("clip", "sam"),
+        help="clip: few-shot classification; sam: volumes from one click (clip)",
+    )
     demo.add_argument(
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
     )
-    demo.add_argument("--shots", type=int, default=16, help="images per class (16)")
     demo.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], help="seeds of the draws of shots (1)"
+        "--shots", type=int, help="clip: images per class (16); sam: volumes to train on (24)"
+    )
+    demo.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"
     )
     demo.add_argument("--threads", type=int, default=0, help="CPU threads (as many as there are)")
     demo.add_argument(
@@ -58,16 +66,18 @@ def _demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_demo(chosen: argparse.Namespace) -> int:
-    from mmadapt.demos import clip
+    from importlib import import_module
 
+    demo = import_module(f"mmadapt.demos.{chosen.name}")
     if chosen.threads:
         import torch
 
         torch.set_num_threads(chosen.threads)
     if chosen.verify:
-        print(clip.verify(chosen.verify))
+        print(demo.verify(chosen.verify))
         return 0
-    clip.run(chosen.out, shots=chosen.shots, seeds=tuple(chosen.seeds))
+    shots = {} if chosen.shots is None else {"shots": chosen.shots}
+    demo.run(chosen.out, seeds=tuple(chosen.seeds), **shots)
     return 0
 
 

@@ -524,6 +524,82 @@ def _masks_and_scores(output: Any) -> tuple[Tensor, ...]:
     return output.pred_masks, output.iou_scores
 
 
+# -- sound ----------------------------------------------------------------------------------------
+
+SPECTRUM = (24, 16)  # frames, mel bins
+SAMPLES = 40
+
+
+def _hf_ast(head: str) -> Callable[[], nn.Module]:
+    @_seeded
+    def build() -> nn.Module:
+        import transformers
+
+        config = transformers.ASTConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=2 * WIDTH,
+            patch_size=8,
+            frequency_stride=4,
+            time_stride=4,
+            max_length=SPECTRUM[0],
+            num_mel_bins=SPECTRUM[1],
+            num_labels=CLASSES,
+        )
+        return getattr(transformers, f"AST{head}")(config)
+
+    return build
+
+
+def _hf_speech(kind: str, head: str, **changes: Any) -> Callable[[], nn.Module]:
+    """A model on raw samples: two convolutions with strides 3 and 2, then blocks."""
+
+    @_seeded
+    def build() -> nn.Module:
+        import transformers
+
+        options = {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 2 * WIDTH,
+            "conv_dim": [DIM, DIM],
+            "conv_kernel": [4, 3],
+            "conv_stride": [3, 2],
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+            "vocab_size": VOCABULARY,
+            "num_labels": CLASSES,
+        }
+        words = ("hidden", "activation", "attention", "feat_proj", "final")
+        options |= {f"{word}_dropout": 0.0 for word in words}
+        options |= {"layerdrop": 0.0, "mask_time_prob": 0.0}
+        config = getattr(transformers, f"{kind}Config")(**{**options, **changes})
+        return getattr(transformers, f"{kind}{head}")(config)
+
+    return build
+
+
+LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+
+
+def spectra(rows: int) -> dict[str, Tensor]:
+    """Spectrograms (rows, frames, mel bins)."""
+    draw = torch.Generator().manual_seed(16)
+    return {"input_values": torch.randn(rows, *SPECTRUM, generator=draw)}
+
+
+def waves(rows: int) -> dict[str, Tensor]:
+    """Waves (rows, SAMPLES), the later ones padded with zeros by a quarter and a half."""
+    wave = torch.randn(rows, SAMPLES, generator=torch.Generator().manual_seed(17))
+    mask = torch.ones(rows, SAMPLES, dtype=torch.long)
+    for row in range(rows):
+        mask[row, SAMPLES - row % 3 * SAMPLES // 4 :] = 0
+    return {"input_values": wave * mask, "attention_mask": mask}
+
+
 # -- models of no known family, for the generic anatomy ----------------------------------------
 
 
@@ -740,6 +816,19 @@ BACKBONES: dict[str, Tiny] = {
             lambda rows: {"pixel_values": pixels(rows)},
             lambda output: (output.last_hidden_state,),
         ),
+        Tiny("hf_ast", _hf_ast("ForAudioClassification"), spectra, lambda y: (y.logits,)),
+        Tiny(
+            "hf_wav2vec2",
+            _hf_speech("Wav2Vec2", "Model"),
+            waves,
+            lambda output: (output.last_hidden_state,),
+        ),
+        Tiny(
+            "hf_wavlm",
+            _hf_speech("WavLM", "Model", **LARGE),
+            waves,
+            lambda output: (output.last_hidden_state,),
+        ),
         Tiny("timm_swin", timm_swin, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
         Tiny(
             "own_transformer",
@@ -844,6 +933,29 @@ RELATIVES: dict[str, Tiny] = {
             lambda rows: {**_images(rows), "noise": torch.arange(4.0).flip(0).repeat(rows, 1)},
             _hidden,
         ),
+        Tiny("hf_ast_bare", _hf_ast("Model"), spectra, _pooled_and_tokens),
+        Tiny("hf_wav2vec2_large", _hf_speech("Wav2Vec2", "ForCTC", **LARGE), waves, _logits),
+        Tiny("hf_hubert", _hf_speech("Hubert", "ForCTC"), waves, _logits),
+        Tiny(
+            "hf_hubert_large",
+            _hf_speech("Hubert", "ForSequenceClassification", **LARGE),
+            waves,
+            _logits,
+        ),
+        Tiny("hf_unispeech", _hf_speech("UniSpeech", "Model", **LARGE), waves, _hidden),
+        Tiny(
+            "hf_unispeech_sat",
+            _hf_speech("UniSpeechSat", "ForAudioFrameClassification"),
+            waves,
+            _logits,
+        ),
+        Tiny(
+            "hf_data2vec_audio",
+            _hf_speech("Data2VecAudio", "ForCTC", num_conv_pos_embeddings=2),
+            waves,
+            _logits,
+        ),
+        Tiny("hf_wavlm_base", _hf_speech("WavLM", "ForCTC"), waves, _logits),
         Tiny("timm_registers", _timm_vit(reg_tokens=4), lambda n: {"x": pixels(n)}, lambda y: (y,)),
         Tiny(
             "timm_averaged",

@@ -135,3 +135,29 @@ def test_the_table_of_the_cached_prefix_is_that_of_its_numbers(monkeypatch):
     result = json.loads((BENCHMARKS / "cached_prefix.json").read_text())
     assert cached_prefix.table(result) in (ROOT / "docs" / "performance.md").read_text()
     del sys.modules["cached_prefix"]
+
+
+def test_the_tables_of_the_segmentation_study_are_those_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import segment_shift
+
+    known = json.loads(segment_shift.RESULTS.read_text())
+    page = segment_shift.PAGE.read_text()
+    assert segment_shift.write(page, known) == page
+    for part in segment_shift.SETTINGS:  # no method is shown with fewer seeds than another
+        assert segment_shift.finished(known, part)
+    known["rows"][0]["dice"] = [0.5]
+    assert segment_shift.write(page, known) != page
+    del sys.modules["segment_shift"]
+
+
+def test_the_study_was_run_on_the_weights_that_are_shipped():
+    import mmadapt as mm
+
+    known = json.loads((BENCHMARKS / "segment_shift.json").read_text())
+    assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
+    for row in known["rows"]:  # an adapter that is off leaves no trace on the source task
+        frozen = next(
+            r for r in known["rows"] if (r["part"], r["method"]) == (row["part"], "frozen")
+        )
+        assert row["source_off"] in ({}, frozen["source_on"])

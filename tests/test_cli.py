@@ -61,6 +61,52 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert page.count("data:image/png;base64,") == 4 and "Bottleneck" in page
 
 
-def test_verifying_something_else_is_explained(tmp_path, capsys):
-    assert main(["demo", "--verify", str(tmp_path / "nothing")]) == 1
+@pytest.mark.slow
+def test_the_demo_of_volumes_from_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mmadapt", "demo", "sam", "--out", str(out), "--shots", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded into a fresh backbone in a second process" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in results["results"]}
+    dice = {method: sum(row["dice"]) / len(row["dice"]) for method, row in rows.items()}
+    assert dice["ConvDepth"] > dice["best fixed ellipsoid"] + 0.1
+    assert dice["Bottleneck"] > dice["frozen"] + 0.1
+    for row in rows.values():  # taken away, an adapter leaves no trace
+        assert row["source_off"] in ({}, rows["frozen"]["source_on"])
+    kept = float(re.search(r"adapter: .* Dice ([\d.]+)", done.stdout)[1])
+    assert kept == pytest.approx(dice["ConvDepth"], abs=1e-4)
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["volumes"] == 12
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "best fixed ellipsoid" in page
+
+
+@pytest.mark.parametrize("name", ["clip", "sam"])
+def test_verifying_something_else_is_explained(tmp_path, capsys, name):
+    assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
     assert "no adapter folder at" in capsys.readouterr().err
+
+
+def test_a_demo_without_volumes_is_explained(tmp_path, capsys):
+    assert main(["demo", "sam", "--out", str(tmp_path / "out"), "--shots", "0"]) == 1
+    assert "shots is 0, expected at least 1 volume" in capsys.readouterr().err
+
+
+def test_a_kept_adapter_is_verified_in_another_process(tmp_path):
+    """Equal scores pass; one that differs in a single volume is an error with both numbers."""
+    import mmadapt as mm
+    from mmadapt.demos import kept, sam
+    from mmadapt.errors import CheckError
+    from mmadapt.tasks.segment.compare import predictions, score_dice
+
+    model = mm.load(sam.BACKBONE)
+    mm.attach(model, mm.Bottleneck(2), at="vision.layers[0].mlp", name="untrained")
+    mm.save(model, tmp_path / "adapter")
+    _, test = sam.task(1)
+    verdict = sam._verdict(score_dice(predictions(model, test), test), test)
+    kept.confirm("sam", tmp_path / "adapter", verdict)
+    verdict["dice"][3] += 1e-9
+    with pytest.raises(CheckError, match="in a second process"):
+        kept.confirm("sam", tmp_path / "adapter", verdict)
+    assert kept.size(tmp_path / "adapter").endswith(" kB")

@@ -10,11 +10,13 @@ import numpy
 import pytest
 import torch
 from backbones import BACKBONES
-from snapshot import randomise
+from snapshot import assert_close, randomise
 from torch import Tensor
 
 import mmadapt as mm
 from mmadapt.tasks import segment
+from mmadapt.tasks.segment import compare, organs
+from mmadapt.tasks.segment.scenes import scenes
 
 Refused = mm.errors.DataError
 IMAGE = (numpy.random.RandomState(0).rand(12, 20, 3) * 255).astype(numpy.uint8)
@@ -37,14 +39,14 @@ def holes() -> numpy.ndarray:
     ("image", "message", "hint"),
     [
         (IMAGE / 255, "float64 values from 0", r"window\(image, low, high\)"),
-        (holes(), r"2 of 60 values are not numbers, the first at \(2, 3, 1\)", "nan=low"),
+        (holes(), r"2 of 60 values are not numbers, the first at \(2, 3, 1\)", "nan=0.0"),
         (IMAGE.astype(numpy.uint16) * 9, "uint16 values from", "'ct soft tissue'"),
         (IMAGE.astype(numpy.int16) - 900, "int16 values from -", "'ct lung'"),
         (IMAGE[..., 0], r"one channel: \(12, 20\)", "grey=True"),
         (IMAGE[..., :1], r"one channel: \(12, 20, 1\)", "grey=True"),
         (numpy.dstack([IMAGE, IMAGE[..., :1]]), "four channels", r"image\[\.\.\., :3\]"),
         (IMAGE.transpose(2, 0, 1), r"look like \(C, H, W\)", r"transpose\(1, 2, 0\)"),
-        (numpy.zeros((4, 5, 6, 3), numpy.uint8), r"expected \(H, W, 3\)", "one slice"),
+        (numpy.zeros((4, 5, 6, 3), numpy.uint8), r"expected \(H, W, 3\)", "encode_stack"),
         (numpy.zeros((0, 5, 3), numpy.uint8), "has no pixels", ""),
         ("a.png", "type <U5 has no pixels", ""),
     ],
@@ -120,7 +122,11 @@ def test_a_prompt_without_meaning_is_refused(prompt: Any, message: str) -> None:
         sam.predict(sam.encode(IMAGE), **prompt)
 
 
-@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+#: every kind of SAM that can be prompted
+KINDS = ["hf_sam", "segment_anything", "hf_sam2"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_an_image_is_encoded_once_and_prompted_many_times(name: str) -> None:
     sam = segmenter(name)
     runs: list[int] = []
@@ -139,6 +145,65 @@ def test_an_image_is_encoded_once_and_prompted_many_times(name: str) -> None:
     assert torch.equal(boxed.best, boxed.masks[int(boxed.overlaps.argmax())])
     assert not torch.equal(one.logits, other.logits)
     assert not torch.equal(one.logits, again.logits)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_answer_of_sam2_is_that_of_transformers_own_processor(several: bool) -> None:
+    """The image is stretched to the square, prompts with it; finer grids are used in the decoder."""
+    from transformers import Sam2ImageProcessor
+
+    sam = segmenter("hf_sam2")
+    assert (sam.side, sam.mask_side) == (64, 16)
+    processor = Sam2ImageProcessor(size={"height": 64, "width": 64})
+    pixels = processor(images=IMAGE, return_tensors="pt")["pixel_values"]
+    # it resizes bytes, so that pixels differ by half a grey
+    assert (sam.prepare(IMAGE) - pixels[0]).abs().max() < 0.02
+    points = torch.tensor([[[[3.0, 4.0], [12.0, 2.0]]]])
+    scaled = points * torch.tensor([64 / 20, 64 / 12])
+    with torch.no_grad():
+        output = sam.model(
+            sam.prepare(IMAGE)[None],
+            input_points=scaled,
+            input_labels=torch.tensor([[[1, 0]]]),
+            multimask_output=several,
+        )
+    ours = sam.predict(sam.encode(IMAGE), points=[(3, 4), (12, 2)], labels=[1, 0], several=several)
+    assert_close(
+        (ours.low, ours.overlaps), (output.pred_masks[0, 0], output.iou_scores[0, 0]), 1e-5
+    )
+    masks = processor.post_process_masks([output.pred_masks[0]], [IMAGE.shape[:2]], binarize=False)
+    assert ours.logits.shape == masks[0][0].shape == (3 if several else 1, 12, 20)
+    # it goes from the decoder's mask to the image at once, we by way of the square
+    assert (ours.masks == (masks[0][0] > 0)).float().mean() > 0.95
+
+
+def test_an_embedding_of_sam2_holds_every_grid_bit_by_bit() -> None:
+    from mmadapt.tasks.segment.model import _unpacked, embed
+
+    model: Any = BACKBONES["hf_sam2"].fresh()
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        packed = embed(model, pixels)
+        expected = model.get_image_embeddings(pixels)
+    assert packed.shape == (2, 32 + 4 * 8 + 16 * 4, 4, 4)
+    for one, other in zip(_unpacked(model, packed), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_reach_the_finer_grids_of_sam2() -> None:
+    model: Any = BACKBONES["hf_sam2"].fresh()
+    attachment = randomise(mm.attach(model, mm.MedSA("released")), 0.1)
+    assert "0/decoder.fine[0]:weight" in attachment.layers
+    batch = (torch.randn(2, 3, 64, 64), cube((64, 64), 20)[None].repeat(2, 1, 1))
+    segment.PromptedLoss(rounds=1)(model, batch).backward()
+    unreached = {n for n, p in attachment.named_parameters() if p.grad is None or not p.grad.any()}
+    # the single mask, or one of the three where it is unstable; expected overlaps are not trained
+    quiet = ("decoder.masks", "decoder.object", "decoder.iou", "tokens.object", "k.bias")
+    assert not {name for name in unreached if not any(part in name for part in quiet)}
+    with torch.no_grad():
+        found = segment.PromptedLoss(rounds=1)(model, batch)
+        mm.set_active(model)
+        assert found != segment.PromptedLoss(rounds=1)(model, batch)
 
 
 def test_both_libraries_answer_alike() -> None:
@@ -172,6 +237,100 @@ def test_the_answer_is_that_of_the_original_predictor() -> None:
 def test_another_model_is_refused() -> None:
     with pytest.raises(mm.errors.BackboneError, match="a ViTModel is no SAM"):
         segmenter("hf_vit")
+
+
+# -- stacks of slices ------------------------------------------------------------------------------
+
+STACK = (numpy.random.RandomState(1).rand(3, 12, 20) * 255).astype(numpy.uint8)
+
+
+@pytest.mark.parametrize(
+    ("slices", "grey", "message", "hint"),
+    [
+        (STACK[0], True, r"shape \(12, 20\), expected \(D, H, W\)", r"image\[None\]"),
+        (STACK, False, r"shape \(3, 12, 20\), expected \(D, H, W, 3\)", "grey=True"),
+        (IMAGE, False, r"shape \(12, 20, 3\), expected \(D, H, W, 3\)", r"image\[None\]"),
+        (STACK[None, ..., None], True, r"\(1, 3, 12, 20, 1\), expected \(D, H, W\)", "one time"),
+        (STACK[:0], True, r"\(0, 12, 20\) has no slices", ""),
+        (STACK.astype(numpy.int16), True, "int16 values from", "'ct soft tissue'"),
+        (STACK / 255, True, "float64 values from 0", "window"),
+    ],
+)
+def test_a_stack_of_another_kind_is_refused(
+    slices: Any, grey: bool, message: str, hint: str
+) -> None:
+    import re
+
+    with pytest.raises(Refused, match=message) as caught:
+        segmenter().encode_stack(slices, grey=grey)
+    assert re.search(hint, caught.value.hint or "")
+
+
+@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+def test_without_adapters_a_stack_is_its_slices(name: str) -> None:
+    sam = segmenter(name)
+    stack = sam.encode_stack(STACK, grey=True)
+    assert stack.stacked and stack.embedding.shape[0] == 3 and stack.size == (12, 20)
+    one = {"points": [(3, 4)], "labels": [1]}
+    each: Any = {"points": [[(3, 4)], [(15, 9)], [(0, 0)]], "labels": [[1], [1], [0]]}
+    shared, own = sam.predict(stack, **one), sam.predict(stack, **each)
+    boxed = sam.predict(stack, box=[(1, 2, 10, 8), (2, 2, 9, 9), (0, 0, 19, 11)])
+    again = sam.predict(stack, **one, mask=shared.low)
+    assert shared.logits.shape == own.logits.shape == boxed.logits.shape == (3, 12, 20)
+    assert shared.best.shape == (3, 12, 20) and shared.best.dtype == torch.bool
+    for place, slice_ in enumerate(STACK):
+        alone = sam.encode(slice_, grey=True)
+        prompt = {key: value[place] for key, value in each.items()}
+        for found, expected in (
+            (shared, sam.predict(alone, **one)),
+            (own, sam.predict(alone, **prompt)),
+            (again, sam.predict(alone, **one, mask=shared.low[place])),
+        ):
+            assert (found.logits[place] - expected.logits[0]).abs().max() <= 1e-4
+            assert (found.overlaps[place] - expected.overlaps[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"points": [[(3, 4)]] * 2, "labels": [1]}, "points for 2 slices, and the stack has 3"),
+        ({"points": [(3, 4)], "labels": [[1]] * 4}, "labels for 4 slices, and the stack has 3"),
+        ({"box": [(1, 2, 10, 8)] * 2}, "box for 2 slices, and the stack has 3"),
+        (
+            {"points": [[(3, 4)], [(1, 1), (2, 2)], [(3, 4)]], "labels": [1]},
+            "unlike numbers of points",
+        ),
+        (
+            {"points": [[(3, 4)], [(3, 14)], [(3, 4)]], "labels": [1]},
+            r"\(3, 14\), outside of an image",
+        ),
+        ({"points": [(3, 4)], "labels": [1], "several": True}, "several answers are asked for"),
+        ({}, "no prompt"),
+    ],
+)
+def test_prompts_that_do_not_fit_the_stack_are_refused(prompt: Any, message: str) -> None:
+    sam = segmenter()
+    with pytest.raises(Refused, match=message):
+        sam.predict(sam.encode_stack(STACK, grey=True), **prompt)
+
+
+def test_adapters_that_look_along_the_depth_are_told_it() -> None:
+    sam = segmenter()
+    randomise(mm.attach(sam.model, mm.ConvDepth(4)), 0.3)
+    stack = sam.encode_stack(STACK, grey=True)
+    for place, slice_ in enumerate(STACK):  # single images are stacks of one
+        alone = sam.encode(slice_, grey=True)
+        assert not torch.allclose(stack.embedding[place], alone.embedding[0], atol=1e-2)
+    other = STACK.copy()
+    other[0] = 0
+    changed = sam.encode_stack(other, grey=True).embedding
+    assert not torch.allclose(changed[1], stack.embedding[1], atol=1e-3)  # its neighbour sees it
+    pixels = torch.stack([sam.prepare(own, grey=True) for own in STACK])
+    with torch.no_grad(), mm.context(sam.model, depth=3):  # what a user says is not overruled
+        assert torch.equal(segment.embed(sam.model, pixels), stack.embedding)
+    with mm.disabled(sam.model):
+        bare = sam.encode_stack(STACK, grey=True).embedding
+    assert torch.equal(bare, segmenter().encode_stack(STACK, grey=True).embedding)
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -233,7 +392,7 @@ def test_clicks_fall_on_the_object_and_on_errors() -> None:
         assert points[2, 0].tolist() == [5.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+@pytest.mark.parametrize("name", KINDS)
 def test_an_adapted_sam_learns_from_clicks(name: str) -> None:
     model = BACKBONES[name].fresh()
     sam = segment.Segmenter(model)
@@ -244,6 +403,7 @@ def test_an_adapted_sam_learns_from_clicks(name: str) -> None:
     for place, image in enumerate(images):
         image[4 : 9 + place, 3:12] += 150
         masks[place, 4 : 9 + place, 3:12] = 1
+    masks = masks.repeat_interleave(sam.side // 16, 1).repeat_interleave(sam.side // 16, 2)
     pixels = torch.stack([sam.prepare(image) for image in images])
     history = mm.fit(
         model,
@@ -305,8 +465,80 @@ def test_pixels_of_another_size_are_refused() -> None:
         segment.PromptedLoss()(
             BACKBONES["hf_sam"].fresh(), (torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8))
         )
+    with pytest.raises(Refused, match=r"of stacks \(B, D, 3, 16, 16\)"):
+        segment.PromptedLoss()(
+            BACKBONES["hf_sam"].fresh(), (torch.zeros(1, 2, 3, 16, 16), torch.zeros(1, 3, 16, 16))
+        )
     with pytest.raises(Refused, match="rounds is 0"):
         segment.PromptedLoss(rounds=0)
+
+
+def test_a_click_is_shared_by_the_slices_of_a_volume() -> None:
+    truth = torch.zeros(3, 4, 8, 8, dtype=torch.bool)
+    truth[0, 1, 2:4, 2:4] = True
+    truth[0, 2, 5:8, 4:8] = True  # its largest slice
+    truth[1, 0, 7, 0] = True
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        points, labels = segment.shared_clicks(truth, draw)
+        assert points.shape == (12, 1, 2) and labels.flatten().tolist() == [1] * 8 + [0] * 4
+        assert (points.view(3, 4, 2) == points.view(3, 4, 2)[:, :1]).all()
+        x, y = (int(v) for v in points[0, 0])
+        assert truth[0, 2, y, x]
+
+
+def test_boxes_are_tight_and_move_by_a_share_of_their_extent() -> None:
+    truth = torch.zeros(1, 16, 24, dtype=torch.bool)
+    truth[0, 3:9, 5:21] = True
+    assert segment.boxes_around(truth).tolist() == [[5.0, 3.0, 20.0, 8.0]]
+    draw = torch.Generator().manual_seed(0)
+    moved = torch.cat([segment.boxes_around(truth, draw, 0.1) for _ in range(200)])
+    away = (moved - torch.tensor([5.0, 3.0, 20.0, 8.0])).abs()
+    assert (
+        away[:, [0, 2]].max() <= 3.0 and away[:, [1, 3]].max() <= 1.0
+    )  # twice a tenth of 15, of 5
+    assert away.mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    "adapters", [[mm.ConvDepth(4), mm.MedSA("released")], [mm.MedSA("released", depth=True)]]
+)
+def test_an_adapted_sam_learns_from_stacks(adapters: Any) -> None:
+    model = BACKBONES["hf_sam"].fresh()
+    sam = segment.Segmenter(model)
+    mm.attach(model, adapters)
+    draw = numpy.random.RandomState(1)
+    slices = (draw.rand(2, 3, 16, 16) * 60).astype(numpy.uint8)
+    masks = torch.zeros(2, 3, 16, 16)
+    for volume, depth in ((0, 1), (1, 2)):
+        slices[volume, depth, 4:10, 3:12] += 150
+        masks[volume, depth, 4:10, 3:12] = 1
+    pixels = torch.stack([torch.stack([sam.prepare(s, grey=True) for s in v]) for v in slices])
+    history = mm.fit(
+        model,
+        (pixels, masks),
+        loss=segment.PromptedLoss(rounds=2),
+        steps=25,
+        batch_size=2,
+        lr=0.02,
+        progress=False,
+    )
+    assert history.losses[-1] < 0.75 * history.losses[0]
+
+
+def test_overlap_is_counted_over_volumes() -> None:
+    """With one click, the loss is that of the stacked logits; in empty slices the click stays."""
+    model = BACKBONES["hf_sam"].fresh()
+    pixels = torch.randn(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    truth = torch.zeros(2, 3, 16, 16, dtype=torch.bool)
+    truth[0, 1, 3, 5] = truth[1, 2, 9, 2] = True
+    found = segment.PromptedLoss(rounds=1)(model, (pixels, truth))
+    points = torch.tensor([[5.0, 3.0], [2.0, 9.0]]).repeat_interleave(3, 0)[:, None]
+    embeddings = segment.embed(model, pixels.flatten(0, 1))
+    low, _ = segment.decode(model, embeddings, points, torch.ones(6, 1, dtype=torch.long))
+    logits = torch.nn.functional.interpolate(low, (16, 16), mode="bilinear", align_corners=False)
+    expected = segment.dice_cross_entropy(logits.view(2, 3, 16, 16), truth)
+    assert torch.allclose(found, expected, rtol=1e-5)
 
 
 def test_the_loss_draws_its_clicks_from_its_own_seed() -> None:
@@ -367,3 +599,148 @@ def test_what_is_no_mask_is_refused() -> None:
     for spacing in ((1.0,), (1.0, 0.0), (1.0, -2.0), (1.0, math.nan)):
         with pytest.raises(Refused, match="2 lengths above 0"):
             segment.hausdorff(mask, mask, spacing=spacing)
+
+
+# -- generated data --------------------------------------------------------------------------------
+
+
+def test_scenes_are_those_of_their_seed() -> None:
+    images, masks = scenes(5, seed=3)
+    assert images.shape == (5, 64, 64, 3) and images.dtype == numpy.uint8
+    assert masks.shape == (5, 2, 64, 64) and masks.dtype == bool
+    assert not masks.all(1).any()  # only what is seen of each thing
+    areas = masks.sum((2, 3))
+    assert ((areas == 0) | (areas >= 250)).all() and (areas > 0).mean() > 0.8
+    again, other = scenes(5, seed=3), scenes(5, seed=4)
+    assert (again[0] == images).all() and (again[1] == masks).all()
+    assert (other[0] != images).any()
+    with pytest.raises(Refused, match="kind is 'unseen', expected one of seen, held_out_shapes"):
+        scenes(1, seed=0, kind="unseen")
+
+
+def test_what_is_seen_of_a_thing_stands_out() -> None:
+    """Its mean colour differs from that of what is around it, in every scene with two things."""
+    images, masks = scenes(20, seed=5)
+    for image, (one, other) in zip(images.astype(float), masks, strict=True):
+        if one.any() and other.any():
+            around = ~(one | other)
+            assert numpy.abs(image[one].mean(0) - image[around].mean(0)).max() > 15
+
+
+def test_organs_are_those_of_their_seed_and_clicks_are_on_them() -> None:
+    slices, masks, clicks = organs.volumes(4, seed=1)
+    assert slices.shape == masks.shape == (4, 12, 64, 64) and slices.dtype == numpy.uint8
+    assert clicks.shape == (4, 2)
+    for volume, (x, y) in zip(masks, clicks.astype(int), strict=True):
+        areas = volume.sum((1, 2))
+        assert volume[areas.argmax(), y, x] and (areas == 0).any()  # it ends within the stack
+    again = organs.volumes(2, seed=1)
+    assert all((a == b[:2]).all() for a, b in zip(again, (slices, masks, clicks), strict=True))
+    images, flat, points = organs.images(4, seed=1)
+    assert images.shape == flat.shape == (4, 64, 64) and (points == clicks).all()
+    assert (flat.sum((1, 2)) == masks.sum((2, 3)).max(1)).all()
+
+
+def test_speckle_hides_in_one_slice_what_neighbours_show() -> None:
+    """Inside an organ, what differs from its mean is unlike in adjacent slices."""
+    slices, masks, _ = organs.volumes(6, seed=2)
+    alike = []
+    for volume, mask in zip(slices.astype(float), masks, strict=True):
+        middle = int(mask.sum((1, 2)).argmax())
+        both = mask[middle] & mask[middle + 1]
+        alike.append(numpy.corrcoef(volume[middle][both], volume[middle + 1][both])[0, 1])
+    assert numpy.mean(alike) < 0.5
+
+
+def test_the_fixed_ellipsoid_by_hand() -> None:
+    disc = organs.fixed_ellipsoid((5, 2), (8, 10), 1.5)
+    assert [tuple(p) for p in numpy.argwhere(disc)] == [
+        (row, column) for row in (1, 2, 3) for column in (4, 5, 6)
+    ]
+    ball = organs.fixed_ellipsoid((5, 2), (3, 8, 10), 1.5, 1.2)
+    assert (ball[1] == disc).all() and ball[0].sum() == 1 and ball[2, 2, 5]
+
+
+# -- far from its scenes ---------------------------------------------------------------------------
+
+
+def volumes(count: int, seed: int) -> compare.Cases:
+    return compare.Cases(*organs.volumes(count, seed=seed))
+
+
+def test_an_adapter_that_was_not_trained_changes_no_answer() -> None:
+    test, bare = volumes(2, 5), mm.load("tiny/sam")
+    before = compare.predictions(bare, test)
+    for method in ("ConvDepth", "MedSA, with depth", "decoder only"):
+        model = mm.load("tiny/sam")
+        own = compare.METHODS[method]
+        mm.attach(model, list(own.adapters or ()), at=own.at(model) or None)
+        after = compare.predictions(model, test)
+        assert all((a == b).mean() > 0.999 for a, b in zip(after, before, strict=True))
+
+
+def test_the_controls_have_as_many_parameters() -> None:
+    def count(name: str) -> int:
+        return mm.attach(
+            mm.load("tiny/sam"), list(compare.METHODS[name].adapters or ())
+        ).num_parameters
+
+    wanted = count("ConvDepth")
+    for control in ("ConvDepth of one slice (control)", "Convpass (control)"):
+        assert count(control) == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_decoder_alone_is_all_of_the_decoder() -> None:
+    model: Any = mm.load("tiny/sam")
+    method = compare.METHODS["decoder only"]
+    attachment = mm.attach(model, list(method.adapters or ()), at=method.at(model))
+    whole = sum(p.numel() for p in model.model.mask_decoder.parameters())
+    assert attachment.num_parameters == whole
+
+
+def test_scores_are_those_of_each_case() -> None:
+    cases = volumes(3, 6)
+    same, none = [*cases.masks], [numpy.zeros_like(mask) for mask in cases.masks]
+    assert compare.score(same, cases) == ([1.0] * 3, [0.0] * 3)
+    assert cases.spacing == (2.5, 1.0, 1.0)
+    far = math.sqrt(30**2 + 64**2 + 64**2)
+    assert compare.score(none, cases) == ([0.0] * 3, pytest.approx([far] * 3))
+    result = compare.Result("nothing", 0, 0, *compare.score(none, cases))
+    assert result.mean == 0.0 and result.missed == 3 and result.distance == pytest.approx(far)
+
+
+def test_mirrored_cases_keep_image_and_mask_together() -> None:
+    cases = volumes(2, 7)
+    model = mm.load("tiny/sam")
+    pixels, masks = compare.training_tensors(model, cases)
+    assert pixels.shape == (8, 12, 3, 64, 64) and masks.shape == (8, 12, 64, 64)
+    plain = segment.Segmenter(model).prepare(cases.slices[1, 5], grey=True)
+    for place, axes in enumerate([(), (-1,), (-2,), (-1, -2)]):
+        assert torch.equal(pixels[2 * place + 1, 5], plain.flip(axes))
+        assert torch.equal(masks[2 * place + 1, 5], torch.from_numpy(cases.masks[1, 5]).flip(axes))
+    flat = compare.Cases(*organs.images(2, seed=7))
+    assert compare.training_tensors(model, flat, flips=False)[0].shape == (2, 3, 64, 64)
+
+
+def test_the_fixed_ellipsoid_is_the_best_one_on_the_training_cases() -> None:
+    train = volumes(3, 8)
+    result = compare.run_ellipsoid(train, train)
+    shape = train.slices.shape[1:]
+    for size in ((8.0, 3.0), (14.0, 5.0), (20.0, 2.0)):
+        other = [organs.fixed_ellipsoid(click, shape, *size) for click in train.clicks]
+        assert numpy.mean(compare.score_dice(other, train)) <= result.mean + 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ConvDepth", "MedSA, with depth", "Bottleneck"])
+def test_a_few_steps_beat_the_frozen_backbone(method: str) -> None:
+    train, test = volumes(12, 1), volumes(12, 2)
+    model = mm.load("tiny/sam")
+    frozen = numpy.mean(compare.score_dice(compare.predictions(model, test), test))
+    data = compare.training_tensors(model, train)
+    compare.adapt(model, compare.METHODS[method], data, name="organs", seed=0, steps=50, batch=2)
+    adapted = numpy.mean(compare.score_dice(compare.predictions(model, test), test))
+    assert adapted > frozen + 0.05
+    with mm.disabled(model):
+        again = numpy.mean(compare.score_dice(compare.predictions(model, test), test))
+    assert again == frozen

@@ -40,6 +40,40 @@ def test_open_clip_itself_loads_the_folder():
         assert torch.equal(model.eval().encode_image(pixels), mine.encode_image(pixels))
 
 
+def test_tiny_sam_loads_in_single_precision_and_keeps_the_random_state():
+    state = torch.get_rng_state()
+    sam = mm.load("tiny/sam")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not sam.model.training and sam.anatomy.family == "sam"
+    assert {p.dtype for p in sam.model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in sam.model.parameters()) == sam.entry.parameters < 1.2e6
+    weights = next(file for file in sam.entry.files if file["role"] == "weights")
+    assert weights["size"] < 2.5e6
+
+
+def test_transformers_prepares_images_for_tiny_sam_as_the_segmenter_does():
+    from transformers import SamImageProcessor
+
+    from mmadapt.tasks import segment
+
+    folder = manifest.data_folder() / "tiny" / "sam"
+    image = (torch.rand(64, 48, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    theirs = SamImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values[0]
+    ours = segment.Segmenter(mm.load("tiny/sam")).prepare(image)
+    assert torch.allclose(theirs.float(), ours, atol=1e-4)
+
+
+def test_tiny_sam_finds_things_it_has_not_seen():
+    """Far below its measured numbers, on other scenes."""
+    from mmadapt.tasks.segment.compare import source_overlap
+
+    metrics = mm.zoo.entry("tiny/sam").metrics
+    assert metrics["n"] >= 1000 and metrics["iou"]["seen"]["box"] > 0.82
+    assert metrics["iou"]["held_out_shapes"]["box"] > 0.79
+    found = source_overlap(mm.load("tiny/sam"), count=64, seed=5)
+    assert found["box"] > 0.77 and found["point"] > 0.67
+
+
 def test_a_folder_loads_as_well_as_a_name():
     folder = manifest.data_folder() / "tiny" / "clip"
     clip = mm.load(folder)

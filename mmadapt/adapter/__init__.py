@@ -20,6 +20,8 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.segmentation import AdapterShadow, SAMMed2D
+from mmadapt.adapter.sound import ConvAdapter, ConvPass1d, DeepPrompts, DenseMoA, SoftMoA
 from mmadapt.adapter.three_d_sam import ThreeDSAM
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
@@ -32,20 +34,27 @@ __all__ = [
     "Activation",
     "Adapter",
     "AdapterBias",
+    "AdapterShadow",
     "Any2Point",
     "BiAdaptFormer",
     "BiasScale",
     "Bottleneck",
     "ClipAdapter",
     "Compacter",
+    "ConvAdapter",
     "ConvDepth",
+    "ConvPass1d",
     "Convpass",
+    "DeepPrompts",
+    "DenseMoA",
     "Head",
     "Invertible",
     "LlamaAdapter",
     "LoRA",
     "MedSA",
+    "SAMMed2D",
     "ScaleShift",
+    "SoftMoA",
     "ThreeDSAM",
     "TipAdapter",
     "Unlock",

@@ -37,8 +37,10 @@ class Anatomy:
     #: and "module path:kw:keyword"; or one derived from such
     taps: Mapping[str, str | Derived] = field(default_factory=dict)
     #: path of a tower -> function (module, args, kwargs of its call) -> facts about this forward pass,
-    #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding
+    #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding; "tokens": how many T are
     fills: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
+    #: attribute of a module, by its path -> what it is while something is attached
+    settings: Mapping[str, Any] = field(default_factory=dict)
     #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
     facts: Callable[[Any], dict[str, Any]] | None = None
     #: names that have changed: old role, or its beginning -> the present one

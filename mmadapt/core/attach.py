@@ -56,13 +56,14 @@ def resolve(
         raise SiteError(
             f"at is {at!r}, expected a site pattern or a list of them", "see mmadapt.sites(model)"
         )
-    patterns = adapter.patterns if at is None else ([at] if isinstance(at, str) else list(at))
+    spans = anatomy.roles(model)
+    own = adapter.patterns_among(spans)
+    patterns = own if at is None else ([at] if isinstance(at, str) else list(at))
     if not patterns:
         raise SiteError(
             f"{type(adapter).__name__} was given no site",
             "pass at=, for example at='*.layers[*].mlp'",
         )
-    spans = anatomy.roles(model)
     if at is None:
         fitting = [p for p in patterns if _matches(p, spans, adapter.ports)]
         if not fitting and adapter.elsewhere:

@@ -49,6 +49,8 @@ class SiteHook:
                 recomputed = self.forwards.recomputed()
                 if recomputed is not None:
                     return self._repeat(*recomputed, call)
+            elif plan and self.forwards.learning:
+                self.forwards.refuse_reentrant()
             if plan and not self.fired:  # compiled code must not write Python state
                 self.fired = True
         return self.meet(plan, self.forwards.context, *call) if plan else None
@@ -145,6 +147,8 @@ def acting(
     """For roles that share a hook: those with a plan in this call, its context, and layers to wake."""
     if not torch.compiler.is_compiling():
         recomputed = forwards.recomputed() if torch.is_grad_enabled() else None
+        if forwards.learning and not torch.is_grad_enabled() and any(s.plan for s in sites):
+            forwards.refuse_reentrant()
         if recomputed is not None:
             kept = recomputed[0].plans or {}
             plans = [(site, kept[site]) for site in sites if kept.get(site)]

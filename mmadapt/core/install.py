@@ -91,6 +91,7 @@ def install(
         bank = Bank(model, anatomy, entry)
         bank.seat()
         bank.installed.follow_passes()
+        bank.installed.settle()
     record = Record(adapters, tuple(tuple(site.name for site in chosen) for chosen in sites))
     bank.put(name, record, layers)
     for site in (site for chosen in sites for site in chosen):

@@ -12,7 +12,7 @@ from mmadapt.core.effective import WeightHook, WeightRestore, WeightSite
 from mmadapt.core.passes import Begin, End, FirstForward, TapHook, tap_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
@@ -34,6 +34,8 @@ class Installed:
         self.groups: dict[str, ShareHook | WeightHook] = {}
         self.begins: list[Begin] = []
         self.handles: dict[str, list[Any]] = {}
+        #: attributes of the backbone's modules as they were, by path
+        self.former: dict[str, Any] = {}
 
     def put(self, site: SiteView, taps: dict[str, str]) -> None:
         """Put one dispatcher at `site`, if none stands there, and the taps its layers read."""
@@ -104,6 +106,10 @@ class Installed:
                 module.register_forward_hook(End(begin), always_call=True),
             ]
 
+    def settle(self) -> None:
+        """Give the backbone's modules the attributes that the anatomy says, until `remove_all`."""
+        self.former = _exchanged(self.root, self.anatomy.settings)
+
     def watch_first_forward(self) -> None:
         """Have each tower's next call verify that its sites fire."""
         for tower, path in (self.anatomy.towers or {"model": ""}).items():
@@ -151,6 +157,18 @@ class Installed:
             for handle in handles:
                 handle.remove()
         self.handles.clear()
+        _exchanged(self.root, self.former)
+
+
+def _exchanged(root: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set attributes by path; returns what they were."""
+    former = {}
+    for path, value in values.items():
+        where, _, name = path.rpartition(".")
+        module = root.get_submodule(where)
+        former[path] = getattr(module, name)
+        setattr(module, name, value)
+    return former
 
 
 def _below(module: str, tower: str) -> bool:

@@ -20,6 +20,9 @@ _TEXTS = (
     "ForMaskedLM",
 )
 _DECODERS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+_AUDIO = ("Model", "ForSequenceClassification")
+_SPEECH = (*_AUDIO, "ForCTC", "ForAudioFrameClassification", "ForXVector")
+_WAV2VEC2 = "wav2vec2:wav2vec2_anatomy"
 _VISION = ("VisionModel", "VisionModelWithProjection")
 
 #: fully qualified class name -> "module:function of the model" that returns its anatomy
@@ -62,4 +65,21 @@ KNOWN: dict[str, str] = {
     **_transformers("sam:sam_anatomy", "sam", "Sam", ["Model"]),
     **_transformers("sam:sam_vision_anatomy", "sam", "Sam", ["VisionModel"]),
     **_transformers("sam2:sam2_anatomy", "sam2", "Sam2", ["Model"]),
+    **_transformers(
+        "audio:ast_anatomy",
+        "audio_spectrogram_transformer",
+        "AST",
+        ["Model", "ForAudioClassification"],
+    ),
+    **_transformers(_WAV2VEC2, "wav2vec2", "Wav2Vec2", _SPEECH),
+    **_transformers(_WAV2VEC2, "hubert", "Hubert", (*_AUDIO, "ForCTC")),
+    **_transformers(_WAV2VEC2, "unispeech", "UniSpeech", (*_AUDIO, "ForCTC")),
+    **_transformers(_WAV2VEC2, "unispeech_sat", "UniSpeechSat", _SPEECH),
+    **_transformers(_WAV2VEC2, "wavlm", "WavLM", _SPEECH),
+    **{  # its module is named unlike its package
+        f"transformers.models.data2vec.modeling_data2vec_audio.Data2VecAudio{head}": (
+            f"mmadapt.backbones.{_WAV2VEC2}"
+        )
+        for head in _SPEECH
+    },
 }

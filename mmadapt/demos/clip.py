@@ -6,8 +6,6 @@ The backbone has seen generated scenes with printed digits only; the task is rea
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 
 import mmadapt as mm
 from mmadapt.core.table import Table
-from mmadapt.errors import CheckError
+from mmadapt.demos import kept
 from mmadapt.tasks import few_shot
 from mmadapt.tasks.scenes import DIGITS, augment, handwriting, object_names, scenes, to_bytes
 from mmadapt.train.cache import data_digest
@@ -73,14 +71,9 @@ def run(
     )
     show("")
     before, attachment, history = _keep(clip, train, test, shots, seeds[0], out)
-    show(f"saved {out / 'adapter'}: {_size(out / 'adapter')}, accuracy {100 * before:.2f} %")
-    after = _in_second_process(out / "adapter")
-    if after != before:
-        raise CheckError(
-            f"the saved adapter scores {after} in a second process, {before} here",
-            "this should not happen; please report it with both numbers",
-        )
-    show(f"loaded into a fresh backbone in a second process: accuracy {100 * after:.2f} %, equal")
+    show(f"saved {out / 'adapter'}: {kept.size(out / 'adapter')}, accuracy {100 * before:.2f} %")
+    kept.confirm("clip", out / "adapter", _verdict(before, test))
+    show(f"loaded into a fresh backbone in a second process: accuracy {100 * before:.2f} %, equal")
     (out / "results.json").write_text(json.dumps(comparison.to_json(), indent=1) + "\n")
     report = _report(out, clip, comparison, attachment, history, train, test, before)
     show(f"report: {report}\n{time.perf_counter() - started:.0f} s in all")
@@ -92,7 +85,11 @@ def verify(adapter: Path) -> str:
     clip = mm.load(BACKBONE)
     mm.load_adapter(clip, adapter)
     _, test = task()
-    return json.dumps({"accuracy": _accuracy(clip, test), "data": data_digest(test.images)})
+    return json.dumps(_verdict(_accuracy(clip, test), test))
+
+
+def _verdict(accuracy: float, test: Any) -> dict[str, Any]:
+    return {"accuracy": accuracy, "data": data_digest(test.images)}
 
 
 def _keep(
@@ -130,22 +127,6 @@ def _accuracy(clip: mm.Backbone, test: Any) -> float:
     classifier = few_shot.zero_shot(clip, NAMES, TEMPLATES)
     logits = classifier(few_shot.embed(clip, test.images))
     return few_shot.score(logits, torch.from_numpy(test.labels)).accuracy
-
-
-def _in_second_process(adapter: Path) -> float:
-    """Load the adapter where nothing of this process is left, and score it."""
-    threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "mmadapt", "demo", "clip", "--threads", threads]
-    done = subprocess.run(
-        [*command, "--verify", str(adapter)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise CheckError(f"the second process failed:\n{done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["accuracy"]
-
-
-def _size(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1000:.0f} kB"
 
 
 def _report(

@@ -26,6 +26,14 @@ def windows(grid: Tensor, height: int, width: int) -> Tensor:
     return split.transpose(2, 3).flatten(0, 2)
 
 
+def from_windows(cut: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse: windows (B·n, height, width, C) → the grid (B, rows, columns, C) they were cut from."""
+    height, width = cut.shape[1:3]
+    down, across = -(-rows // height), -(-columns // width)
+    split = cut.unflatten(0, (-1, down, across)).transpose(2, 3)  # (B, n, height, m, width, C)
+    return split.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
+
+
 def depth_grid(depth: int) -> tuple[int, int]:
     """The most nearly square rows × columns = depth, rows ≤ columns: 8 → (2, 4), 7 → (1, 7)."""
     rows = math.isqrt(depth)

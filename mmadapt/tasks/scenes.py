@@ -189,6 +189,16 @@ def backgrounds(
 
     Takes indices of shape (n,); returns images in about [0, 1], shape (n, 3, size, size).
     """
+    return patterned(patterns, RGB[colours], generator, size=size)
+
+
+def patterned(
+    patterns: torch.Tensor, colours: torch.Tensor, generator: torch.Generator, *, size: int = 32
+) -> torch.Tensor:
+    """Fill images with patterns, indices (n,), in colours (n, 3) in [0, 1].
+
+    Returns images in about [0, 1], shape (n, 3, size, size).
+    """
     count = len(patterns)
 
     def uniform(low: float, high: float) -> torch.Tensor:
@@ -209,7 +219,7 @@ def backgrounds(
         ],
         1,
     )[torch.arange(count), patterns][:, None]
-    base = RGB[colours][:, :, None, None]
+    base = colours[:, :, None, None]
     towards = torch.where(base.mean(1, keepdim=True) > 0.5, -1.0, 1.0)
     return base + strength * towards * uniform(0.06, 0.16)[:, None]
 

@@ -162,21 +162,25 @@ class TowerCache:
     ) -> None:
         """On the first batch: passing over the layers gives what computing them gave."""
         context = self.bank.forwards.context
+        more = CheckError(
+            f"later layers of {self.name!r} use more of the first {self.depth} than what the "
+            "last of them returns, so these cannot be passed over",
+            "train without cached_prefix",
+        )
         try:
             with eval_mode(self.model):
                 self.bank.forwards.context = Context(context._facts)
                 whole = own(*args, **kwargs)
                 self.bank.forwards.context = Context(context._facts)
-                short = self._play(own, recorded, args, kwargs)
+                try:
+                    short = self._play(own, recorded, args, kwargs)
+                except Exception as error:  # whatever they miss it by
+                    raise more from error
         finally:
             self.bank.forwards.context = context
         for one, other in zip(tensors_in(whole), tensors_in(short), strict=True):
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
-                raise CheckError(
-                    f"later layers of {self.name!r} use more of the first {self.depth} than what the "
-                    "last of them returns, so these cannot be passed over",
-                    "train without cached_prefix",
-                )
+                raise more
         self.verified = True
 
     def _check(self) -> None:

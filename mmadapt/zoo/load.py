@@ -65,13 +65,31 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        from transformers import AutoModel
-
-        return Backbone(AutoModel.from_pretrained(folder).eval(), entry=item)
+        return Backbone(_transformers(folder, quiet=item is not None), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
     )
+
+
+def _transformers(folder: Path, quiet: bool) -> nn.Module:
+    """A model in the precision its configuration names; the global random state stays where it is.
+
+    `quiet` keeps transformers' progress bar away, which a model of a few megabytes does not need.
+    """
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return AutoModel.from_pretrained(folder).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:

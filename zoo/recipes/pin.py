@@ -14,7 +14,9 @@ from pathlib import Path
 ZOO = Path(__file__).resolve().parent.parent
 ROLES = {
     "model.safetensors": "weights",
+    "config.json": "config",
     "open_clip_config.json": "config",
+    "preprocessor_config.json": "preprocessing",
     "bpe.txt.gz": "tokenizer",
     "metrics.json": "metrics",
 }

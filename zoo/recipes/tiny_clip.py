@@ -12,14 +12,13 @@ import argparse
 import gzip
 import json
 import math
-import os
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training import Run, train
 
 from mmadapt.tasks.scenes import (
     COLOURS,
@@ -42,8 +41,6 @@ STEPS = 15000
 VISION_ONLY = 0.12  # of the steps: contrast alone does not get objects going from random towers
 PEAK_LEARNING_RATE = 1.2e-3
 RECOLOURED = 0.4  # of the images: shows objects in colours that have no name, and in greys
-AVERAGING = 0.998  # of the weights that are shipped
-CHECKPOINT_EVERY = 500
 
 CONTEXT_LENGTH = 20
 OPENINGS = ("", "a photo of ", "an image of ", "a picture of ")
@@ -245,32 +242,20 @@ def contrastive_loss(logits, attributes, mentions, nameless) -> torch.Tensor:
 # Training
 
 
-class Training:
-    """Everything a run needs to go on: model, heads, optimiser, averaged weights, generator."""
+class Training(Run):
+    """The model, and linear heads that name the attributes while it learns them."""
 
     def __init__(self, merges: Path, vocabulary: int, steps: int) -> None:
         torch.manual_seed(SEED)
-        self.steps, self.step, self.cpu_seconds = steps, 0, 0.0
         self.tokenizer = load_tokenizer(merges)
-        self.model = build_model(vocabulary)
+        model = build_model(vocabulary)
         sizes = (len(OBJECTS), len(COLOURS), len(PATTERNS), len(COLOURS))
         self.heads = nn.ModuleList(nn.Linear(EMBEDDING, size) for size in sizes)
-        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
-        parameters = [*self.model.parameters(), *self.heads.parameters()]
-        matrices = [p for p in parameters if p.ndim >= 2]
-        vectors = [p for p in parameters if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors}]
-        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-        self.generator = torch.Generator().manual_seed(SEED)
+        super().__init__({"model": model, "heads": self.heads}, steps, PEAK_LEARNING_RATE, SEED)
 
-    def advance(self) -> tuple[float, float]:
-        """Do one step; returns the contrastive and the attribute loss."""
+    def losses(self) -> dict[str, torch.Tensor]:
         first_joint = int(self.steps * VISION_ONLY)
         joint = self.step >= first_joint
-        rate = PEAK_LEARNING_RATE * min(1.0, (self.step + 1) / 200)
-        rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.steps)) + 0.003
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         same = (torch.rand(2, generator=self.generator) < 0.4).tolist() if joint else [False, False]
         images, attributes, nameless = training_batch(
             self.generator, ease=max(0.0, 1 - self.step / first_joint),
@@ -285,74 +270,28 @@ class Training:
             scale = self.model.logit_scale.exp()
             logits = scale * F.normalize(features, dim=-1) @ texts.T
             contrast = contrastive_loss(logits, attributes, mentions, nameless)
-        self.optimiser.zero_grad()
-        (contrast + attribute * (0.5 if joint else 1.0)).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
+        total = contrast + attribute * (0.5 if joint else 1.0)
+        return {"total": total, "contrast": contrast, "attributes": attribute}
+
+    def settle(self) -> None:
         self.model.logit_scale.data.clamp_(0, math.log(60))
-        self.step += 1
-        keep = min(AVERAGING, self.step / (self.step + 10))
-        for name, value in self.model.state_dict().items():
-            self.average[name].lerp_(value, 1 - keep)
-        return float(contrast.detach()), float(attribute.detach())
-
-    PARTS = ("model", "heads", "optimiser")
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint under another name first, so that a stop leaves the last one whole."""
-        state = {part: getattr(self, part).state_dict() for part in self.PARTS}
-        state |= {"average": self.average, "step": self.step, "steps": self.steps}
-        state |= {"cpu_seconds": self.cpu_seconds, "generator": self.generator.get_state()}
-        state |= {"torch_rng": torch.get_rng_state()}
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
-
-    def resume(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        if state["steps"] != self.steps:
-            raise ValueError(
-                f"{path} belongs to a run of {state['steps']} steps, this one has {self.steps}; "
-                f"give --steps {state['steps']} or another --work directory"
-            )
-        for part in self.PARTS:
-            getattr(self, part).load_state_dict(state[part])
-        self.average, self.step = state["average"], state["step"]
-        self.cpu_seconds = state["cpu_seconds"]
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
 
     def averaged_model(self) -> nn.Module:
         """The model with averaged weights, rounded to the fp16 that is written."""
         model = build_model(self.model.vocab_size)
-        model.load_state_dict({name: value.half().float() for name, value in self.average.items()})
+        model.load_state_dict(self.averaged())
         return model.eval()
 
 
-def train(training: Training, checkpoint: Path) -> None:
-    """Run to the last step, with a line of progress and a checkpoint now and then."""
-    began, earlier, losses = time.process_time(), training.cpu_seconds, []
-    while training.step < training.steps:
-        losses.append(training.advance())
-        training.cpu_seconds = earlier + time.process_time() - began
-        if training.step % CHECKPOINT_EVERY == 0 or training.step == training.steps:
-            training.save(checkpoint)
-            contrast, attribute = (
-                sum(column) / len(losses) for column in zip(*losses, strict=True)
-            )
-            losses = []
-            model = training.averaged_model()
-            shown = [
-                f"{name} {scene_accuracy(model, training.tokenizer, name, 500, 1)[0]:.3f}"
-                for name in ("seen", "held_out_pairs", "held_out_triples")
-            ]
-            print(
-                f"{training.step}/{training.steps}  contrast {contrast:.3f}  "
-                f"attributes {attribute:.3f}  "
-                f"object accuracy {' '.join(shown)}  "
-                f"{training.cpu_seconds:.0f} CPU s",
-                flush=True,
-            )
+def look(run: Run) -> str:
+    """Object accuracy on a few new scenes."""
+    assert isinstance(run, Training)
+    model = run.averaged_model()
+    found = [
+        f"{name} {scene_accuracy(model, run.tokenizer, name, 500, 1)[0]:.3f}"
+        for name in ("seen", "held_out_pairs", "held_out_triples")
+    ]
+    return f"object accuracy {' '.join(found)}"
 
 
 # Measurement
@@ -474,11 +413,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     vocabulary = write_merges(options.out / "bpe.txt.gz")
     training = Training(options.out / "bpe.txt.gz", vocabulary, options.steps)
-    checkpoint = options.work / "checkpoint.pt"
-    if checkpoint.exists():
-        training.resume(checkpoint)
-        print(f"resumed at step {training.step} of {training.steps}")
-    train(training, checkpoint)
+    train(training, options.work / "checkpoint.pt", look)
     write(training, vocabulary, options.out)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapt.errors import DataError
-from mmadapt.tasks.segment.clicks import click_on_error, first_clicks
+from mmadapt.tasks.segment.clicks import click_on_error, first_clicks, shared_clicks
 from mmadapt.tasks.segment.model import decode, embed, sides
 
 
@@ -48,6 +48,10 @@ class PromptedLoss:
     side) of 0 and 1 in the same square. The first click is drawn on the object, later ones where
     the last answer is wrong, by a private generator of `seed`; an image without the object gets a
     click labelled 0. The loss is Dice plus cross-entropy, averaged over the rounds.
+
+    Stacks of slices have one axis more: pixels (B, D, 3, side, side), masks (B, D, side, side). The
+    first click, on the largest slice, is given to all slices of its volume, later ones to the slice
+    in which they are; overlap is counted over whole volumes, and adapters are told the depth.
     """
 
     def __init__(self, rounds: int = 2, seed: int = 0) -> None:
@@ -59,22 +63,33 @@ class PromptedLoss:
     def __call__(self, model: Any, batch: Any) -> Tensor:
         pixels, masks = batch
         side, _ = sides(model)
-        if pixels.shape[1:] != (3, side, side) or masks.shape != (len(pixels), side, side):
+        rows = tuple(pixels.shape[:-3])
+        if (
+            len(rows) not in (1, 2)
+            or pixels.shape[-3:] != (3, side, side)
+            or masks.shape != (*rows, side, side)
+        ):
             raise DataError(
                 f"pixels are {tuple(pixels.shape)} and masks {tuple(masks.shape)}, expected "
-                f"(B, 3, {side}, {side}) and (B, {side}, {side})",
+                f"(B, 3, {side}, {side}) and (B, {side}, {side}), of stacks (B, D, 3, {side}, {side}) "
+                f"and (B, D, {side}, {side})",
                 "Segmenter.prepare makes pixels; resize masks with the nearest value, and pad alike",
             )
         truth = _binary(masks)
-        embeddings = embed(model, pixels)
-        points, labels = first_clicks(truth, self.generator)
+        if len(rows) == 2:
+            embeddings = embed(model, pixels.flatten(0, 1), rows[1])
+            points, labels = shared_clicks(truth, self.generator)
+        else:
+            embeddings = embed(model, pixels)
+            points, labels = first_clicks(truth, self.generator)
         total = embeddings.new_zeros(())
         for place in range(self.rounds):
             low, _ = decode(model, embeddings, points.to(pixels), labels)
-            logits = F.interpolate(low, (side, side), mode="bilinear", align_corners=False)[:, 0]
-            total = total + dice_cross_entropy(logits, truth)
+            logits = F.interpolate(low, (side, side), mode="bilinear", align_corners=False)
+            total = total + dice_cross_entropy(logits.view(truth.shape), truth)
             if place + 1 < self.rounds:
-                clicked = click_on_error(logits.detach() > 0, truth, self.generator)
+                answer = logits.detach()[:, 0] > 0
+                clicked = click_on_error(answer, truth.view(answer.shape), self.generator)
                 points = torch.cat([points, clicked[0]], 1)
                 labels = torch.cat([labels, clicked[1]], 1)
         return total / self.rounds

@@ -58,6 +58,30 @@ def check_prompts(
     return Prompts(at, kinds, around, low)
 
 
+def per_slice(what: str, values: Any, axes: int, stacked: bool, count: int) -> list[Any]:
+    """One value for each of `count` rows: given once, of so many axes, or in a stack with one more.
+
+    Raises `DataError` where a stack's are not one a slice.
+    """
+    if values is None or not stacked:
+        return [values] * count
+    try:
+        array = numpy.asarray(values, dtype=numpy.float64)
+    except ValueError as error:
+        raise DataError(
+            f"the slices have unlike numbers of {what}: {error}",
+            "give every slice as many, or prompt slices on their own",
+        ) from error
+    if array.ndim != axes + 1:
+        return [values] * count
+    if len(array) != count:
+        raise DataError(
+            f"there are {what} for {len(array)} slices, and the stack has {count}",
+            "give one for all slices, or one for each of them",
+        )
+    return list(array)
+
+
 def _coordinates(values: Any, size: tuple[int, int], what: str, width: int) -> numpy.ndarray:
     array = numpy.asarray(values, dtype=numpy.float64)
     if array.ndim != 2 or array.shape[1] != width or not len(array):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmadapt.tasks.segment.images import check_image
-from mmadapt.tasks.segment.model import decode, embed, sam_kind, sides
-from mmadapt.tasks.segment.prompts import check_prompts
+from mmadapt.errors import DataError
+from mmadapt.tasks.segment.images import check_image, check_stack
+from mmadapt.tasks.segment.model import decode, embed, sam_kind, sides, stretches
+from mmadapt.tasks.segment.prompts import check_prompts, per_slice
 
 #: of the RGB images SAM was trained on
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -20,23 +21,29 @@ MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """An image after the encoder: embedding (1, C, h, w), its own size and that in the square."""
+    """An image after the encoder: embedding (1, C, h, w), its own size and that in the square.
+
+    A stack of D slices has the embedding (D, C, h, w), and `stacked` is true.
+    """
 
     embedding: Tensor
     size: tuple[int, int]
     resized: tuple[int, int]
+    stacked: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
     """One answer: logits (K, H, W) in the image's own pixels, the overlap the model expects of each.
 
-    `masks` are logits above zero; `low` (K, s, s) are the decoder's own, for a next prompt.
+    `masks` are logits above zero; `low` (K, s, s) are the decoder's own, for a next prompt. Of a stack
+    of D slices K is D: one mask a slice, all of one object.
     """
 
     logits: Tensor
     overlaps: Tensor
     low: Tensor
+    stacked: bool = False
 
     @property
     def masks(self) -> Tensor:
@@ -45,19 +52,25 @@ class Masks:
 
     @property
     def best(self) -> Tensor:
-        """bool (H, W), the mask with the largest expected overlap."""
-        return self.masks[int(self.overlaps.argmax())]
+        """bool (H, W), the mask with the largest expected overlap; of a stack all, (D, H, W)."""
+        return self.masks if self.stacked else self.masks[int(self.overlaps.argmax())]
 
 
 class Segmenter:
-    """Images in, masks out, for transformers' `SamModel` and segment_anything's `Sam`.
+    """Images in, masks out, for transformers' `SamModel`, `Sam2Model` and segment_anything's `Sam`.
 
     An image is resized so that its longer side fills the model's square, and padded at the right and
-    at the bottom. Prompts are in the image's own pixels.
+    at the bottom; for SAM 2 it is stretched to the square. Prompts are in the image's own pixels.
 
         sam = segment.Segmenter(model)
         image = sam.encode(pixels)
         masks = sam.predict(image, points=[(120, 80), (30, 40)], labels=[1, 0])
+
+    The slices of a volume go through together, and attached layers that look along the depth are
+    told how many there are:
+
+        stack = sam.encode_stack(slices)
+        volume = sam.predict(stack, points=[(120, 80)], labels=[1]).masks
     """
 
     def __init__(self, model: Any) -> None:
@@ -66,6 +79,8 @@ class Segmenter:
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width in the square of an image (height, width)."""
+        if stretches(self.model):
+            return self.side, self.side
         scale = self.side / max(size)
         return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
@@ -89,6 +104,15 @@ class Segmenter:
         return Encoded(embed(self.model, pixels[None]), size, self.resized(size))  # type: ignore[arg-type]
 
     @torch.no_grad()
+    def encode_stack(self, slices: Any, grey: bool = False) -> Encoded:
+        """Run the encoder on the slices of one volume, uint8 (D, H, W, 3); with `grey` (D, H, W)."""
+        array = check_stack(slices, grey)
+        pixels = torch.stack([self.prepare(own, grey) for own in array])
+        size = (array.shape[1], array.shape[2])
+        embedding = embed(self.model, pixels.to(next(self.model.parameters())), len(array))
+        return Encoded(embedding, size, self.resized(size), stacked=True)
+
+    @torch.no_grad()
     def predict(
         self,
         image: Encoded,
@@ -101,35 +125,57 @@ class Segmenter:
         """Masks of the object that the prompts mean: one, or three with `several`.
 
         Points are (x, y) in the image's pixels, a box is (x1, y1, x2, y2), a mask the `low` of an
-        earlier answer, (s, s) or (1, s, s). Raises `DataError` for prompts without a meaning.
+        earlier answer, (s, s) or (1, s, s). Of a stack there is one mask a slice; each kind of prompt
+        is given once for all slices, or with a first axis D for each of them. Raises `DataError` for
+        prompts without a meaning.
         """
-        if isinstance(mask, Tensor):
-            mask = mask.detach().float().cpu().numpy()
-        if mask is not None and numpy.ndim(mask) == 3 and len(mask) == 1:
-            mask = mask[0]
-        low_size = (self.mask_side, self.mask_side)
-        given = check_prompts(image.size, points, labels, box, mask, low_size)
-        like = image.embedding
-        low, overlaps = decode(
-            self.model,
-            like,
-            self._square(given.points, image, like),
-            None if given.labels is None else torch.from_numpy(given.labels).to(like.device)[None],
-            self._square(given.box, image, like),
-            None if given.mask is None else torch.from_numpy(given.mask).to(like)[None, None],
-            several,
-        )
+        given = self._prompts(image, points, labels, box, mask)
+        if image.stacked and several:
+            raise DataError(
+                "several answers are asked for in a stack, whose slices would choose apart",
+                "leave out several=True, or encode the slice on its own",
+            )
+        low, overlaps = decode(self.model, image.embedding, *given, several)
         height, width = image.resized
         square = F.interpolate(low, (self.side,) * 2, mode="bilinear", align_corners=False)
         own = F.interpolate(
             square[..., :height, :width], image.size, mode="bilinear", align_corners=False
         )
+        if image.stacked:
+            return Masks(own[:, 0], overlaps[:, 0], low[:, 0], stacked=True)
         return Masks(own[0], overlaps[0], low[0])
 
-    def _square(self, xy: numpy.ndarray | None, image: Encoded, like: Tensor) -> Tensor | None:
-        """Coordinates (…, 2) or boxes of the image in the model's square, with a batch axis."""
-        if xy is None:
-            return None
+    def _prompts(
+        self, image: Encoded, points: Any, labels: Any, box: Any, mask: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Points, labels, boxes and masks as `decode` takes them, a row for each embedding."""
+        if isinstance(mask, Tensor):
+            mask = mask.detach().float().cpu().numpy()
+        if not image.stacked and numpy.ndim(mask) == 3 and len(mask) == 1:
+            mask = mask[0]
+        like, rows = image.embedding, len(image.embedding)
+        of_slices = zip(
+            per_slice("points", points, 2, image.stacked, rows),
+            per_slice("labels", labels, 1, image.stacked, rows),
+            per_slice("box", box, 1, image.stacked, rows),
+            per_slice("mask", mask, 2, image.stacked, rows),
+            strict=True,
+        )
+        low_size = (self.mask_side, self.mask_side)
+        given = [check_prompts(image.size, *own, low_size) for own in of_slices]
         scale = numpy.array([image.resized[1] / image.size[1], image.resized[0] / image.size[0]])
-        scaled = (xy.reshape(-1, 2) * scale).reshape(xy.shape)
-        return torch.from_numpy(scaled).to(like)[None]
+
+        def together(values: list[Any]) -> Tensor | None:
+            return None if values[0] is None else torch.from_numpy(numpy.stack(values)).to(like)
+
+        def square(xy: numpy.ndarray | None) -> Any:
+            return None if xy is None else (xy.reshape(-1, 2) * scale).reshape(xy.shape)
+
+        kinds = together([own.labels for own in given])
+        masks = together([own.mask for own in given])
+        return (
+            together([square(own.points) for own in given]),
+            None if kinds is None else kinds.long(),
+            together([square(own.box) for own in given]),
+            None if masks is None else masks[:, None],
+        )
