@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Adapter,
         AdapterBias,
         AdapterShadow,
+        Any2Point,
         BiAdaptFormer,
         BiasScale,
         Bottleneck,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         SAMMed2D,
         ScaleShift,
         SoftMoA,
+        ThreeDSAM,
         TipAdapter,
         Unlock,
         ZeroInitAttention,
@@ -68,9 +70,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias AdapterShadow BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter "
-        "ConvAdapter ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible LlamaAdapter "
-        "LoRA MedSA SAMMed2D ScaleShift SoftMoA TipAdapter Unlock ZeroInitAttention register_adapter"
+        "Adapter AdapterBias AdapterShadow Any2Point BiAdaptFormer BiasScale Bottleneck ClipAdapter "
+        "Compacter ConvAdapter ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible "
+        "LlamaAdapter LoRA MedSA SAMMed2D ScaleShift SoftMoA ThreeDSAM TipAdapter Unlock "
+        "ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",

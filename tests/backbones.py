@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapt.core.anatomy import find_anatomy
+from mmadapt.errors import MmadaptError
 
 WIDTH, LAYERS, HEADS, DIM = 16, 2, 2, 8
 IMAGE, PATCH, VOCABULARY, CONTEXT = 16, 8, 32, 6
@@ -965,4 +966,69 @@ RELATIVES: dict[str, Tiny] = {
     )
 }
 
-ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES}
+
+def volumes(rows: int) -> dict[str, Tensor]:
+    """A volume of 8 × 8 × 8, two clicks (z, y, x) in it with a label each, for every row."""
+    draw = torch.Generator().manual_seed(16)
+    return {
+        "pixel_values": torch.randn(rows, 1, 8, 8, 8, generator=draw),
+        "input_points": 7 * torch.rand(rows, 2, 3, generator=draw),
+        "input_labels": torch.randint(0, 2, (rows, 2), generator=draw),
+    }
+
+
+def _whole_or_sliced(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of the volumes, or the embeddings of their first slices where no adapter takes volumes."""
+    try:
+        return model(**batch)
+    except (TypeError, ValueError) as refused:  # as SAM's own forward does
+        if isinstance(refused, MmadaptError):
+            raise
+    bare = getattr(model, "_orig_mod", model)
+    encoder = bare.vision_encoder if hasattr(bare, "vision_encoder") else bare.image_encoder
+    slices = batch["pixel_values"][:, :, 0].repeat(1, 3, 2, 2)
+    found = encoder(slices)
+    return found if isinstance(found, Tensor) else found.last_hidden_state
+
+
+#: SAM as methods for whole volumes meet it
+VOLUMES: dict[str, Tiny] = {
+    f"{name}_volume": Tiny(
+        f"{name}_volume", BACKBONES[name].build, volumes, lambda output: (output,), _whole_or_sliced
+    )
+    for name in ("hf_sam", "segment_anything")
+}
+
+
+def clouds(rows: int) -> dict[str, Tensor]:
+    """Clouds of 40 points in the unit ball."""
+    draw = torch.Generator().manual_seed(17)
+    points = torch.randn(rows, 40, 3, generator=draw)
+    return {"pixel_values": points / points.norm(dim=-1, keepdim=True).clamp(min=1)}
+
+
+def _classes_or_tokens(output: Any) -> tuple[Tensor, ...]:
+    return (output if isinstance(output, Tensor) else output.last_hidden_state,)
+
+
+def _points_or_images(model: Any, batch: dict[str, Tensor]) -> Any:
+    try:
+        return model(**batch)
+    except ValueError as refused:  # as the embeddings' own forward does
+        if isinstance(refused, MmadaptError):
+            raise
+    rows = len(batch["pixel_values"])
+    flat = batch["pixel_values"].flatten(1)[:, : IMAGE * 7].repeat(1, 7)
+    image = flat[:, : 3 * IMAGE * 2].repeat(1, IMAGE // 2)
+    return getattr(model, "_orig_mod", model)(image.view(rows, 3, IMAGE, IMAGE))
+
+
+#: vision transformers as methods for clouds of points meet them
+CLOUDS: dict[str, Tiny] = {
+    f"{name}_points": Tiny(
+        f"{name}_points", BACKBONES[name].build, clouds, _classes_or_tokens, _points_or_images
+    )
+    for name in ("hf_vit", "hf_dinov2")
+}
+
+ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES, **CLOUDS}

@@ -9,6 +9,7 @@ or `register_adapter`.
 from __future__ import annotations
 
 from mmadapt.adapter.affine import AdapterBias, BiasScale, ScaleShift
+from mmadapt.adapter.any2point import Any2Point
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.bottleneck import Bottleneck
 from mmadapt.adapter.compacter import Compacter
@@ -21,6 +22,7 @@ from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
 from mmadapt.adapter.segmentation import AdapterShadow, SAMMed2D
 from mmadapt.adapter.sound import ConvAdapter, ConvPass1d, DeepPrompts, DenseMoA, SoftMoA
+from mmadapt.adapter.three_d_sam import ThreeDSAM
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -33,6 +35,7 @@ __all__ = [
     "Adapter",
     "AdapterBias",
     "AdapterShadow",
+    "Any2Point",
     "BiAdaptFormer",
     "BiasScale",
     "Bottleneck",
@@ -52,6 +55,7 @@ __all__ = [
     "SAMMed2D",
     "ScaleShift",
     "SoftMoA",
+    "ThreeDSAM",
     "TipAdapter",
     "Unlock",
     "ZeroInitAttention",

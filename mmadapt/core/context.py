@@ -44,6 +44,10 @@ class Context:
         value = self._facts.get(fact)
         return default if value is None else value
 
+    def tell(self, **facts: Any) -> None:
+        """Facts that a layer found while the pass is under way, for the layers further on."""
+        self._facts = {**self._facts, **facts}
+
     def leave(self, tap: str, value: Any, readers: int) -> None:
         """Keep what a tap saw until its last reader has come."""
         self._taps[tap] = (value, readers)

@@ -71,6 +71,8 @@ class Span:
     aligned: bool = True
     #: rows at y for each row of the batch: "one"; "several", side by side (windows, prompts); "unknown"
     rows: str = "one"
+    #: function of the module -> what it is made of (`mmadapt.core.parts`), where that is known
+    parts: Callable[[Any], Any] | None = None
 
 
 @dataclass(eq=False)
