@@ -1,4 +1,4 @@
-"""How `cost.py` measures: CPU time of one thread in interleaved rounds, and bytes kept for backward."""
+"""How `cost.py` measures: CPU time of one thread in interleaved rounds, and resident memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 def quartiles(values: Iterable[float]) -> list[float]:
@@ -56,27 +53,6 @@ def interleaved(
 def ratios(times: list[float], base: list[float]) -> list[float]:
     """Each round's time by the bare backbone's in the same round."""
     return [own / bare for own, bare in zip(times, base, strict=True)]
-
-
-@contextmanager
-def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
-    """Bytes that the graph built inside keeps for backward, in the list's only element.
-
-    Every storage counts once, whatever views of it are saved; the model's own tensors do not count.
-    """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    total = [0]
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
-    total[0] = sum(kept.values())
 
 
 def peak_increase(step: Callable[[], Any]) -> int | None:

@@ -20,7 +20,9 @@ ROUNDS = {"launch": ((61, 5), (31, 3)), "vit_b": ((7, 1), (5, 1))}
 def passes(part: str, libraries: list[str], quick: bool, only: str | None) -> list[dict[str, Any]]:
     """Forward passes, steps and memory of every case."""
     from cost_cases import LAUNCH, TINY, VIT_B, cases
-    from cost_clock import interleaved, peak_increase, quartiles, ratios, saved_bytes
+    from cost_clock import interleaved, peak_increase, quartiles, ratios
+
+    from mmadapt.train.kept import kept_for_backward
 
     small = part == "launch"
     shape = TINY if quick else LAUNCH if small else VIT_B
@@ -52,10 +54,7 @@ def passes(part: str, libraries: list[str], quick: bool, only: str | None) -> li
                 "ms": quartiles(steps[case.key]),
                 "ratio": quartiles(ratios(steps[case.key], steps[step_base])),
             }
-            with saved_bytes(case.model) as total:
-                loss = case.loss()
-            row["saved_bytes"] = total[0]
-            del loss
+            row["saved_bytes"] = kept_for_backward(case.model, case.loss)
             if not small:
                 for parameter in case.trained:
                     parameter.grad = None

@@ -20,19 +20,28 @@ if TYPE_CHECKING:
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
+        AdapterShadow,
+        Any2Point,
         BiAdaptFormer,
         BiasScale,
         Bottleneck,
         ClipAdapter,
         Compacter,
+        ConvAdapter,
         ConvDepth,
         Convpass,
+        ConvPass1d,
+        DeepPrompts,
+        DenseMoA,
         Head,
         Invertible,
         LlamaAdapter,
         LoRA,
         MedSA,
+        SAMMed2D,
         ScaleShift,
+        SoftMoA,
+        ThreeDSAM,
         TipAdapter,
         Unlock,
         ZeroInitAttention,
@@ -61,8 +70,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mmadapt.adapter": (
-        "Adapter AdapterBias BiAdaptFormer BiasScale Bottleneck ClipAdapter Compacter ConvDepth "
-        "Convpass Head Invertible LlamaAdapter LoRA MedSA ScaleShift TipAdapter Unlock "
+        "Adapter AdapterBias AdapterShadow Any2Point BiAdaptFormer BiasScale Bottleneck ClipAdapter "
+        "Compacter ConvAdapter ConvDepth ConvPass1d Convpass DeepPrompts DenseMoA Head Invertible "
+        "LlamaAdapter LoRA MedSA SAMMed2D ScaleShift SoftMoA ThreeDSAM TipAdapter Unlock "
         "ZeroInitAttention register_adapter"
     ),
     "mmadapt.core.anatomy": "Anatomy",

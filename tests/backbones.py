@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapt.core.anatomy import find_anatomy
+from mmadapt.errors import MmadaptError
 
 WIDTH, LAYERS, HEADS, DIM = 16, 2, 2, 8
 IMAGE, PATCH, VOCABULARY, CONTEXT = 16, 8, 32, 6
@@ -523,6 +524,82 @@ def _masks_and_scores(output: Any) -> tuple[Tensor, ...]:
     return output.pred_masks, output.iou_scores
 
 
+# -- sound ----------------------------------------------------------------------------------------
+
+SPECTRUM = (24, 16)  # frames, mel bins
+SAMPLES = 40
+
+
+def _hf_ast(head: str) -> Callable[[], nn.Module]:
+    @_seeded
+    def build() -> nn.Module:
+        import transformers
+
+        config = transformers.ASTConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=2 * WIDTH,
+            patch_size=8,
+            frequency_stride=4,
+            time_stride=4,
+            max_length=SPECTRUM[0],
+            num_mel_bins=SPECTRUM[1],
+            num_labels=CLASSES,
+        )
+        return getattr(transformers, f"AST{head}")(config)
+
+    return build
+
+
+def _hf_speech(kind: str, head: str, **changes: Any) -> Callable[[], nn.Module]:
+    """A model on raw samples: two convolutions with strides 3 and 2, then blocks."""
+
+    @_seeded
+    def build() -> nn.Module:
+        import transformers
+
+        options = {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 2 * WIDTH,
+            "conv_dim": [DIM, DIM],
+            "conv_kernel": [4, 3],
+            "conv_stride": [3, 2],
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+            "vocab_size": VOCABULARY,
+            "num_labels": CLASSES,
+        }
+        words = ("hidden", "activation", "attention", "feat_proj", "final")
+        options |= {f"{word}_dropout": 0.0 for word in words}
+        options |= {"layerdrop": 0.0, "mask_time_prob": 0.0}
+        config = getattr(transformers, f"{kind}Config")(**{**options, **changes})
+        return getattr(transformers, f"{kind}{head}")(config)
+
+    return build
+
+
+LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+
+
+def spectra(rows: int) -> dict[str, Tensor]:
+    """Spectrograms (rows, frames, mel bins)."""
+    draw = torch.Generator().manual_seed(16)
+    return {"input_values": torch.randn(rows, *SPECTRUM, generator=draw)}
+
+
+def waves(rows: int) -> dict[str, Tensor]:
+    """Waves (rows, SAMPLES), the later ones padded with zeros by a quarter and a half."""
+    wave = torch.randn(rows, SAMPLES, generator=torch.Generator().manual_seed(17))
+    mask = torch.ones(rows, SAMPLES, dtype=torch.long)
+    for row in range(rows):
+        mask[row, SAMPLES - row % 3 * SAMPLES // 4 :] = 0
+    return {"input_values": wave * mask, "attention_mask": mask}
+
+
 # -- models of no known family, for the generic anatomy ----------------------------------------
 
 
@@ -739,6 +816,19 @@ BACKBONES: dict[str, Tiny] = {
             lambda rows: {"pixel_values": pixels(rows)},
             lambda output: (output.last_hidden_state,),
         ),
+        Tiny("hf_ast", _hf_ast("ForAudioClassification"), spectra, lambda y: (y.logits,)),
+        Tiny(
+            "hf_wav2vec2",
+            _hf_speech("Wav2Vec2", "Model"),
+            waves,
+            lambda output: (output.last_hidden_state,),
+        ),
+        Tiny(
+            "hf_wavlm",
+            _hf_speech("WavLM", "Model", **LARGE),
+            waves,
+            lambda output: (output.last_hidden_state,),
+        ),
         Tiny("timm_swin", timm_swin, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
         Tiny(
             "own_transformer",
@@ -843,6 +933,29 @@ RELATIVES: dict[str, Tiny] = {
             lambda rows: {**_images(rows), "noise": torch.arange(4.0).flip(0).repeat(rows, 1)},
             _hidden,
         ),
+        Tiny("hf_ast_bare", _hf_ast("Model"), spectra, _pooled_and_tokens),
+        Tiny("hf_wav2vec2_large", _hf_speech("Wav2Vec2", "ForCTC", **LARGE), waves, _logits),
+        Tiny("hf_hubert", _hf_speech("Hubert", "ForCTC"), waves, _logits),
+        Tiny(
+            "hf_hubert_large",
+            _hf_speech("Hubert", "ForSequenceClassification", **LARGE),
+            waves,
+            _logits,
+        ),
+        Tiny("hf_unispeech", _hf_speech("UniSpeech", "Model", **LARGE), waves, _hidden),
+        Tiny(
+            "hf_unispeech_sat",
+            _hf_speech("UniSpeechSat", "ForAudioFrameClassification"),
+            waves,
+            _logits,
+        ),
+        Tiny(
+            "hf_data2vec_audio",
+            _hf_speech("Data2VecAudio", "ForCTC", num_conv_pos_embeddings=2),
+            waves,
+            _logits,
+        ),
+        Tiny("hf_wavlm_base", _hf_speech("WavLM", "ForCTC"), waves, _logits),
         Tiny("timm_registers", _timm_vit(reg_tokens=4), lambda n: {"x": pixels(n)}, lambda y: (y,)),
         Tiny(
             "timm_averaged",
@@ -853,4 +966,69 @@ RELATIVES: dict[str, Tiny] = {
     )
 }
 
-ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES}
+
+def volumes(rows: int) -> dict[str, Tensor]:
+    """A volume of 8 × 8 × 8, two clicks (z, y, x) in it with a label each, for every row."""
+    draw = torch.Generator().manual_seed(16)
+    return {
+        "pixel_values": torch.randn(rows, 1, 8, 8, 8, generator=draw),
+        "input_points": 7 * torch.rand(rows, 2, 3, generator=draw),
+        "input_labels": torch.randint(0, 2, (rows, 2), generator=draw),
+    }
+
+
+def _whole_or_sliced(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of the volumes, or the embeddings of their first slices where no adapter takes volumes."""
+    try:
+        return model(**batch)
+    except (TypeError, ValueError) as refused:  # as SAM's own forward does
+        if isinstance(refused, MmadaptError):
+            raise
+    bare = getattr(model, "_orig_mod", model)
+    encoder = bare.vision_encoder if hasattr(bare, "vision_encoder") else bare.image_encoder
+    slices = batch["pixel_values"][:, :, 0].repeat(1, 3, 2, 2)
+    found = encoder(slices)
+    return found if isinstance(found, Tensor) else found.last_hidden_state
+
+
+#: SAM as methods for whole volumes meet it
+VOLUMES: dict[str, Tiny] = {
+    f"{name}_volume": Tiny(
+        f"{name}_volume", BACKBONES[name].build, volumes, lambda output: (output,), _whole_or_sliced
+    )
+    for name in ("hf_sam", "segment_anything")
+}
+
+
+def clouds(rows: int) -> dict[str, Tensor]:
+    """Clouds of 40 points in the unit ball."""
+    draw = torch.Generator().manual_seed(17)
+    points = torch.randn(rows, 40, 3, generator=draw)
+    return {"pixel_values": points / points.norm(dim=-1, keepdim=True).clamp(min=1)}
+
+
+def _classes_or_tokens(output: Any) -> tuple[Tensor, ...]:
+    return (output if isinstance(output, Tensor) else output.last_hidden_state,)
+
+
+def _points_or_images(model: Any, batch: dict[str, Tensor]) -> Any:
+    try:
+        return model(**batch)
+    except ValueError as refused:  # as the embeddings' own forward does
+        if isinstance(refused, MmadaptError):
+            raise
+    rows = len(batch["pixel_values"])
+    flat = batch["pixel_values"].flatten(1)[:, : IMAGE * 7].repeat(1, 7)
+    image = flat[:, : 3 * IMAGE * 2].repeat(1, IMAGE // 2)
+    return getattr(model, "_orig_mod", model)(image.view(rows, 3, IMAGE, IMAGE))
+
+
+#: vision transformers as methods for clouds of points meet them
+CLOUDS: dict[str, Tiny] = {
+    f"{name}_points": Tiny(
+        f"{name}_points", BACKBONES[name].build, clouds, _classes_or_tokens, _points_or_images
+    )
+    for name in ("hf_vit", "hf_dinov2")
+}
+
+ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES, **CLOUDS}

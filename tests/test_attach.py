@@ -536,7 +536,7 @@ def test_a_tap_without_a_reader_is_quiet_and_leaves_with_its_last_one(
     bank = bank_of(model)
     assert bank is not None
     assert bank.forwards.context._taps == {}
-    assert {hook.readers for hook in bank.tap_hooks.values()} == {0}
+    assert {hook.readers for hook in bank.installed.taps.values()} == {0}
     mm.detach(model)
     assert state(model) == before
 

@@ -54,6 +54,17 @@ FAMILIES = {
     "hf_llama_bare": "llama",
     "hf_granite": "granite",
     "hf_gemma2": "gemma2",
+    "hf_ast": "audio-spectrogram-transformer",
+    "hf_ast_bare": "audio-spectrogram-transformer",
+    "hf_wav2vec2": "wav2vec2",
+    "hf_wav2vec2_large": "wav2vec2",
+    "hf_hubert": "hubert",
+    "hf_hubert_large": "hubert",
+    "hf_unispeech": "unispeech",
+    "hf_unispeech_sat": "unispeech-sat",
+    "hf_data2vec_audio": "data2vec-audio",
+    "hf_wavlm": "wavlm",
+    "hf_wavlm_base": "wavlm",
 }
 
 #: decoders, whose norms and linears have no biases

@@ -271,15 +271,15 @@ def test_a_computed_tap_is_quiet_without_readers_and_serves_several() -> None:
     mm.attach(model, mm.LoRA(2), name="other")
     bank = bank_of(model)
     assert bank is not None
-    assert {hook.readers for hook in bank.tap_hooks.values()} == {0}
+    assert {hook.readers for hook in bank.installed.taps.values()} == {0}
     BACKBONES["hf_llama"].outputs(model)
     assert bank.forwards.context._taps == {}
     mm.set_active(model, "two")
-    assert {hook.readers for hook in bank.tap_hooks.values()} == {2}
+    assert {hook.readers for hook in bank.installed.taps.values()} == {2}
     BACKBONES["hf_llama"].outputs(model)
     assert bank.forwards.context._taps == {}
     mm.detach(model, "two")
-    assert bank.tap_hooks == {}
+    assert bank.installed.taps == {}
     mm.detach(model)
     assert state(model) == before
 

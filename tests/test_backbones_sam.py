@@ -10,10 +10,11 @@ import torch
 from backbones import BACKBONES, clicks
 from snapshot import assert_close, assert_equal, differ, randomise
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mmadapt as mm
 from mmadapt.core.anatomy import find_anatomy
-from mmadapt.interop.sam import to_segment_anything, to_transformers
+from mmadapt.interop.sam import resize_positions, to_segment_anything, to_transformers
 
 SAMS = ("hf_sam", "segment_anything", "hf_sam2")
 
@@ -192,6 +193,36 @@ def test_a_foreign_key_is_refused_by_name(convert: Any) -> None:
         convert({"module.neck": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("grid", [4, 6, 9])
+def test_positions_are_resized_as_sam_itself_looks_them_up(grid: int) -> None:
+    """A table of a smaller grid read at a larger one: SAM interpolates it while it runs."""
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    state = BACKBONES["segment_anything"].fresh().state_dict()
+    found = resize_positions(state, grid)
+    assert found.keys() == state.keys()
+    changed = {key for key, value in state.items() if not torch.equal(value, found[key])}
+    tables = {f"image_encoder.blocks.1.attn.rel_pos_{axis}" for axis in "hw"}
+    assert changed == (set() if grid == 4 else {"image_encoder.pos_embed"} | tables)
+    assert found["image_encoder.pos_embed"].shape == (1, grid, grid, 16)
+    for key in tables:
+        expected = get_rel_pos(grid, grid, state[key])
+        assert_close((get_rel_pos(grid, grid, found[key]),), (expected,), 1e-6)
+        assert len(found[key]) == 2 * grid - 1
+    renamed = to_transformers(found)
+    for key, value in resize_positions(to_transformers(state), grid).items():
+        assert torch.equal(value, renamed[key])
+
+
+def test_positions_that_cannot_be_resized_are_refused() -> None:
+    state = BACKBONES["segment_anything"].fresh().state_dict()
+    with pytest.raises(mm.errors.BackboneError, match="no positions of a SAM"):
+        resize_positions({}, 4)
+    alike = {k: v[:5] if "rel_pos" in k else v for k, v in state.items()}
+    with pytest.raises(mm.errors.BackboneError, match=r"have \[5\] rows, expected some with 7"):
+        resize_positions(alike, 8)
+
+
 @pytest.mark.parametrize(
     "adapter", [mm.LoRA(2), mm.Bottleneck(4), mm.MedSA(), mm.Unlock(at="decoder.iou.*")], ids=str
 )
@@ -293,34 +324,61 @@ def test_rows_that_do_not_divide_the_windows_are_refused() -> None:
 # -- checkpointing by block --------------------------------------------------------------------------
 
 
+def checkpoint_blocks(name: str, model: Any) -> Any:
+    """Recompute block by block: as transformers does it, or as one does it to segment_anything."""
+    if name == "hf_sam":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.vision_encoder.layers[0]
+    encoder = model.image_encoder
+
+    def forward(x: Tensor) -> Tensor:
+        x = encoder.patch_embed(x) + encoder.pos_embed
+        for block in encoder.blocks:
+            x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
+        return encoder.neck(x.permute(0, 3, 1, 2))
+
+    encoder.forward = forward
+    return encoder.blocks[0]
+
+
+@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
 @pytest.mark.parametrize(
-    "adapter", [mm.Bottleneck(4), mm.LoRA(2), mm.MedSA(depth=True), mm.ConvDepth(4)], ids=str
+    "adapter",
+    [
+        mm.Bottleneck(4),
+        mm.LoRA(2),
+        mm.MedSA(depth=True),
+        mm.MedSA("released", relative_positions="zero"),
+        mm.ConvDepth(4, second=True),
+        mm.SAMMed2D(),
+        mm.AdapterShadow(skip=True, rank=2),
+    ],
+    ids=str,
 )
-def test_checkpointed_blocks_have_the_same_gradients(adapter: Any) -> None:
-    """Block by block, as transformers does it while training."""
-    model: Any = BACKBONES["hf_sam"].fresh()
+def test_checkpointed_blocks_have_the_same_gradients(name: str, adapter: Any) -> None:
+    model: Any = BACKBONES[name].fresh()
     attachment = randomise(mm.attach(model, adapter), 0.2)
-    volume = isinstance(adapter, (mm.MedSA, mm.ConvDepth))
+    volume = isinstance(adapter, mm.ConvDepth) or getattr(adapter, "depth", False)
     told = functools.partial(mm.context, model, **({"depth": 3} if volume else {}))
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
         with told():
-            found = BACKBONES["hf_sam"].outputs(model)
+            found = BACKBONES[name].outputs(model)
         sum((o * o).sum() for o in found).backward()  # type: ignore[union-attr]
         return [p.grad.clone() for p in attachment.parameters() if p.grad is not None]
 
     model.train()
     plain = gradients()
     recomputed: list[nn.Module] = []
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    handle = model.vision_encoder.layers[0].attn.qkv.register_forward_hook(
+    first = checkpoint_blocks(name, model)
+    handle = first.attn.qkv.register_forward_hook(
         lambda module, args, output: recomputed.append(module)
     )
     checkpointed = gradients()
     handle.remove()
     # once more in backward; the depth branch calls it a second time each
-    assert len(recomputed) == (4 if isinstance(adapter, mm.MedSA) else 2)
+    assert len(recomputed) == (4 if getattr(adapter, "depth", False) else 2)
     assert len(plain) == len(checkpointed) > 0
     assert_close(tuple(checkpointed), tuple(plain), 1e-5)
 

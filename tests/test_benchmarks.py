@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmadapt.train.kept import kept_for_backward
+
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = json.loads((BENCHMARKS / "cost.json").read_text())
@@ -68,15 +70,13 @@ def test_verdicts_need_quartiles_apart(benchmarks):
     assert verdict([1.0, 1.3, 1.4], [1.0, 1.2, 1.5]) == "within the spread, median higher"
 
 
-def test_saved_bytes_are_those_of_the_graph(benchmarks):
+def test_bytes_kept_are_those_of_the_graph():
     linear = torch.nn.Linear(8, 4)
     x = torch.randn(3, 8)
-    with benchmarks[1].saved_bytes(linear) as total:
-        y = linear(x).relu()  # saves x for the weight's gradient, and the output of relu
-    assert total[0] == 4 * (x.numel() + y.numel())
-    with benchmarks[1].saved_bytes(linear) as total:
-        linear.requires_grad_(False)(x)
-    assert total[0] == 0
+    kept = 4 * (x.numel() + 3 * 4)  # x for the weight's gradient, and the output of relu
+    assert kept_for_backward(linear, lambda: linear(x).relu()) == kept
+    linear.requires_grad_(False)
+    assert kept_for_backward(linear, lambda: linear(x).relu()) == 0
 
 
 def test_copies_share_weights_but_no_modules(benchmarks):
@@ -160,3 +160,63 @@ def test_the_study_was_run_on_the_weights_that_are_shipped():
             r for r in known["rows"] if (r["part"], r["method"]) == (row["part"], "frozen")
         )
         assert row["source_off"] in ({}, frozen["source_on"])
+
+
+# -- SAM ------------------------------------------------------------------------------------------
+
+SAM = json.loads((BENCHMARKS / "sam_cost.json").read_text())
+
+
+@pytest.fixture
+def sam_cost(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sam_cost
+
+    yield sam_cost
+    names = ("sam_cost", "sam_cost_cases", "sam_cost_tables", "cost", "cost_clock", "cost_tables")
+    for name in (*names, "machine"):
+        sys.modules.pop(name, None)
+
+
+def test_the_tables_of_sams_cost_are_those_of_the_committed_numbers(sam_cost):
+    document = (ROOT / "docs" / "sam_cost.md").read_text()
+    assert set(SAM) == {"memory", "check", "times", "epochs"}
+    assert all(f"<!-- {name} -->\n|" in document for name in ("parts", "check", "times", "epochs"))
+    assert sam_cost.write(document, SAM) == document
+    changed = json.loads(json.dumps(SAM))
+    changed["memory"]["rows"][0]["kept"] *= 2
+    assert sam_cost.write(document, changed) != document
+
+
+def test_what_sams_encoder_keeps_follows_from_its_shapes(sam_cost):
+    parts = sam_cost.parts("vit_b")
+    assert parts == SAM["memory"]["parts"]["vit_b"]
+    assert (parts["windowed"], parts["global"]) == (181_973_760, 933_298_176)
+    assert parts["input"] == 64 * 64 * 768 * 4
+    assert parts["matrix"] == 12 * 4096**2 * 4
+    assert parts["matrix"] < parts["global"] < 1.2 * parts["matrix"]  # one, beside smaller things
+    blocks = 8 * parts["windowed"] + 4 * parts["global"]
+    assert blocks < parts["encoder"] < 1.02 * blocks
+
+
+def test_real_passes_keep_what_was_counted():
+    for row in SAM["check"]["rows"]:
+        assert row["real"] == row["shapes"]
+        assert row["shapes"] < row["resident"] < 1.1 * row["shapes"] < 3 * row["peak"]
+
+
+def test_cached_embeddings_change_no_loss():
+    for row in SAM["epochs"]["rows"]:
+        assert row["loss difference"] <= 1e-6
+        assert row["later"] < row["epoch"]
+
+
+def test_a_checkpointed_region_counts_with_its_inputs_and_shared_storage_once():
+    from torch.utils.checkpoint import checkpoint
+
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(3, 8, requires_grad=True)
+    assert kept_for_backward(linear, lambda: linear(linear(x).exp().exp())) == 3 * x.nbytes
+    assert kept_for_backward(linear, lambda: linear(x) + linear(x.view(3, 8))) == x.nbytes
+    region = lambda: checkpoint(lambda z: linear(z).exp().exp(), x, use_reentrant=False)  # noqa: E731
+    assert kept_for_backward(linear, region) == x.nbytes

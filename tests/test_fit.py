@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import BACKBONES, pixels
+from fitting import INPUTS, TARGETS, adapted, copies, distance, fit
 from handmade import hidden, small
 from snapshot import assert_equal, assert_same_values, flags, values
 from torch import Tensor
@@ -18,30 +19,6 @@ import mmadapt as mm
 from mmadapt.errors import AttachError, CheckError, DataError
 from mmadapt.train.batches import batches
 from mmadapt.train.processes import Processes
-
-TARGETS = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(4))
-INPUTS = hidden(8)
-
-
-def adapted() -> tuple[mm.Backbone, Any]:
-    """A small backbone with a bottleneck in each block."""
-    backbone = small()
-    return backbone, mm.attach(backbone, mm.Bottleneck(4), at="layers[*].mlp")
-
-
-def distance(model: Any, batch: Any) -> Tensor:
-    inputs, targets = batch
-    return F.mse_loss(model(inputs), targets)
-
-
-def copies(attachment: Any) -> list[Tensor]:
-    return [p.detach().clone() for p in attachment.parameters()]
-
-
-def fit(m: Any, data: Any = None, **options: Any) -> mm.History:
-    data = (hidden(8), TARGETS) if data is None else data
-    return mm.fit(m, data, **{"loss": distance, "steps": 5, "progress": False, **options})
-
 
 # -- learning ---------------------------------------------------------------------------------------
 

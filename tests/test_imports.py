@@ -177,7 +177,7 @@ def test_strings_that_name_modules_name_real_ones() -> None:
     import importlib
 
     from mmadapt.adapter import adapters
-    from mmadapt.core.anatomy import KNOWN
+    from mmadapt.core.known import KNOWN
 
     references = [*KNOWN.values(), *(cls.layer for cls in adapters().values())]
     for reference in references:

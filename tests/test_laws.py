@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from backbones import BACKBONES, Tiny, embeddings
+from backbones import BACKBONES, CLOUDS, VOLUMES, Tiny, embeddings
 from snapshot import (
     assert_close,
     assert_equal,
@@ -35,6 +35,7 @@ from snapshot import (
     values,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import mmadapt as mm
@@ -54,6 +55,8 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "adapterplus": mm.Bottleneck.adapterplus(4, scale=30.0),  # else too near the identity
         "norm-after": mm.Bottleneck(4, norm="after"),
         "reduction": mm.Bottleneck(reduction=4, drop_path=0.5),
+        "audio": mm.Bottleneck.audio(4),
+        "before": mm.Bottleneck(4, at="*.layers[*].mlp:in"),
     },
     "lora": {
         "scaled": mm.LoRA(2, alpha=4.0),
@@ -83,14 +86,40 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     },
     "med_sa": {
         "paper": mm.MedSA(scale=3.0),
-        "released": mm.MedSA(variant="released", start="published"),
+        "released": mm.MedSA("released", start="published", relative_positions="zero"),
         "volume": mm.MedSA(depth=True, scale=3.0),
         "grid": mm.MedSA("released", depth=True, depth_layout="grid", decoder="frozen", scale=3.0),
     },
     "conv_depth": {
         "volume": mm.ConvDepth(4),
         "behind": mm.ConvDepth(4, kernel=5, norm=False, at="vision.layers[*]:out"),
+        "both": mm.ConvDepth(4, second=True),
     },
+    "three_d_sam": {
+        "general": mm.ThreeDSAM(zoom=2, window=2, planes=3, queries=3, heads=2),
+        "released": mm.ThreeDSAM("released", zoom=2, window=3, planes=4, heads=4),
+    },
+    "any2point": {
+        "classes": mm.Any2Point(5, tokens=8, neighbours=6, neck=4, dropout=0.0, head_width=12),
+        "tokens": mm.Any2Point(tokens=4, neighbours=4, voxel=0.5, dropout=0.0, train_norm=False),
+    },
+    "adapter_shadow": {
+        "plain": mm.AdapterShadow(scale=3.0),
+        "branches": mm.AdapterShadow(branches=4, fraction=0.5, scale=3.0),
+        "rank": mm.AdapterShadow(rank=2, skip=True, scale=3.0),
+    },
+    "sam_med2d": {
+        "encoder": mm.SAMMed2D(),
+        "whole": mm.SAMMed2D(decoder="trained", start="published"),
+    },
+    "conv_adapter": {
+        "parallel": mm.ConvAdapter(4, kernel=5),
+        "causal": mm.ConvAdapter(4, kernel=4, causal=True, placement="sequential"),
+    },
+    "conv_pass_1d": {"parallel": mm.ConvPass1d(4, dropout=0.0)},
+    "dense_moa": {"three": mm.DenseMoA(3, width=2)},
+    "soft_moa": {"three": mm.SoftMoA(3, slots=2, width=2)},
+    "deep_prompts": {"two": mm.DeepPrompts(2)},
     "convpass": {
         "identity-kernel": mm.Convpass(4, scale=0.5, dropout=0.0),
         "xavier-kernel": mm.Convpass(4, kernel="xavier"),
@@ -132,12 +161,22 @@ FACTS: dict[str, dict[str, Any]] = {
     "med_sa/grid": {"depth": 3},
     "conv_depth/volume": {"depth": 3},
     "conv_depth/behind": {"depth": 3},
+    "conv_depth/both": {"depth": 3},
 }
+
+#: methods that take whole volumes, and so meet other batches
+HOSTS: dict[str, dict[str, Tiny]] = {"any2point": CLOUDS, "three_d_sam": VOLUMES}
 
 #: (method, part of a tensor's name) -> why its gradient may be zero
 QUIET: dict[tuple[str, str], str] = {
     ("med_sa", "decoder.masks[0]"): "it makes the single mask, and three are asked for",
     ("med_sa", ".k.bias"): "it moves all of a query's logits alike, which softmax does not see",
+    ("sam_med2d", "decoder.masks[0]"): "it makes the single mask, and three are asked for",
+    ("sam_med2d", ".k.bias"): "it moves all of a query's logits alike, which softmax does not see",
+    ("sam_med2d", "prompt.points[2]"): "it is the corner of a box, and the prompts are points",
+    ("sam_med2d", "prompt.points[3]"): "it is the corner of a box, and the prompts are points",
+    ("sam_med2d", "prompt.no_mask"): "it stands for a mask, and every image has one",
+    ("sam_med2d", "prompt.no_point"): "it stands for a point that is not there",
 }
 
 #: (method, law) -> why it does not apply
@@ -155,6 +194,9 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
 MISFITS: dict[tuple[str, str], str] = {
     ("invertible", "timm_swin"): "its last block has more channels than its first",
     ("invertible/vision", "hf_sam2"): "its last block has more channels than its first",
+    ("conv_depth/both", "hf_sam2"): "attention gives fewer positions where a stage begins",
+    ("adapter_shadow/rank", "hf_sam2"): "a block gives fewer positions where a stage begins",
+    ("deep_prompts", "hf_wavlm"): "its attention has positions of its own",
     ("convpass", "hf_sam2"): "attention gives fewer positions than it takes where a stage begins",
     **{
         ("tip_adapter", name): "its logits are of tokens, and the cache votes for rows"
@@ -233,7 +275,8 @@ def _cases(only_home: bool = False, first_variant: bool = False) -> list[Any]:
         examples = EXAMPLES.get(method) or {"defaults": cls()}
         for place, (variant, adapter) in enumerate(examples.items()):
             known = {name for at, name in MISFITS if at in (method, f"{method}/{variant}")}
-            homes = [t for t in BACKBONES.values() if t.name not in known and _fits(adapter, t)]
+            hosts = HOSTS.get(method, BACKBONES).values()
+            homes = [t for t in hosts if t.name not in known and _fits(adapter, t)]
             assert homes, f"no tiny backbone offers what {method} wants: {cls.default_sites}"
             for rank, tiny in enumerate(homes[:1] if only_home else homes):
                 turn = (2 * place - 1) % len(homes), 2 * place % len(homes)
@@ -463,8 +506,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import mmadapt as mm
-from backbones import BACKBONES
-tiny = BACKBONES[sys.argv[2]]
+from backbones import ALL
+tiny = ALL[sys.argv[2]]
 model = tiny.build()
 mm.load_adapter(model, sys.argv[3])
 facts = json.loads(sys.argv[5])
@@ -496,7 +539,7 @@ def test_what_is_loaded_computes_the_same_in_a_fresh_process(case: Case, tmp_pat
         json.dumps(case.facts),
     ]
     subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)
-    assert_close(torch.load(out), case.without_grad(model), 1e-6)
+    assert_close(torch.load(out), case.without_grad(model), 1e-5)
 
 
 @every_case
@@ -573,8 +616,16 @@ def test_two_attachments_coexist_and_switch_without_a_trace(case: Case) -> None:
 # -- copies -------------------------------------------------------------------------------------
 
 
+def _places(model: nn.Module) -> dict[str, list[int]]:
+    """Where hooks stand, a library's own among them, whose objects are copied with the model."""
+    return {table: [key for key, _ in hooks] for table, hooks in hook_tables(model).items()}
+
+
 def _copies(model: nn.Module) -> dict[str, nn.Module]:
-    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    copies = {"deepcopy": copy.deepcopy(model)}
+    if not any(parametrize.is_parametrized(module) for module in model.modules()):
+        copies["pickle"] = pickle.loads(pickle.dumps(model))  # torch refuses to pickle those
+    return copies
 
 
 @every_case
@@ -591,14 +642,15 @@ def test_copies_are_equal_and_independent(case: Case) -> None:
             buffers = [b for layer in copied.layers.values() for b in layer.buffers()]
             for tensor in [*copied.parameters(), *buffers]:
                 if tensor.is_floating_point():
-                    tensor.add_(0.25)
+                    # not by one number, which a norm behind it would take away again
+                    tensor.add_(torch.linspace(0.25, 0.75, tensor.numel()).view_as(tensor))
         assert differ(case.without_grad(twin), expected), how
         assert_equal(case.without_grad(model), expected)
         mm.set_active(twin)
         assert_equal(case.without_grad(twin), case.without_grad(case.frozen()))
         assert_equal(case.without_grad(model), expected)
         mm.detach(twin)
-        assert hook_tables(twin) == hook_tables(case.tiny.fresh())
+        assert _places(twin) == _places(case.tiny.fresh())
         assert_equal(case.without_grad(model), expected)
 
 
@@ -616,7 +668,7 @@ def _gradients(
     outputs: tuple[Tensor, ...], batch: dict[str, Tensor], attachment: Any
 ) -> list[Tensor]:
     wanted = [*attachment.parameters(), *(t for t in batch.values() if t.requires_grad)]
-    return list(torch.autograd.grad(scalar(outputs), wanted))
+    return list(torch.autograd.grad(scalar(outputs), wanted, materialize_grads=True))
 
 
 @every_case
@@ -758,7 +810,8 @@ def test_the_exported_program_equals_the_adapted_model(case: Case) -> None:
     with case.told(model):
         program = torch.export.export(model, (), case.tiny.batch(3))
     with torch.no_grad():
-        assert_close(case.tiny.read(program.module()(**case.tiny.batch(3))), expected, 1e-6)
+        # a program cannot hold the fused attention that torch picks without gradients
+        assert_close(case.tiny.read(program.module()(**case.tiny.batch(3))), expected, 1e-5)
     assert_equal(case.without_grad(model), expected)
 
 
@@ -802,7 +855,7 @@ def test_a_misfit_is_refused_with_a_reason(method: str, backbone: str) -> None:
 
 def test_every_backbone_hosts_at_least_one_method() -> None:
     hosted = {param.values[0].tiny.name for param in _cases()}
-    assert hosted == set(BACKBONES)
+    assert hosted - {*VOLUMES, *CLOUDS} == set(BACKBONES)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -244,7 +244,7 @@ def test_a_shared_tensor_behind_a_kept_weight_is_seen_to_change() -> None:
     assert {id(p) for p in layer.read_parameters()} == {
         id(p) for p in (*layer.parameters(), *shared.parameters())
     }
-    kept = model._mmadapt.groups.popitem()[1]
+    kept = model._mmadapt.installed.groups.popitem()[1]
     kept.original = layer.a
     plans = [(site, site.plan) for site in kept.sites]
     before = kept._key(plans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from torch.nn import functional as F
 import mmadapt as mm
 from mmadapt.methods.med_sa import HyperPromptLayer, SpaceDepthLayer
 from mmadapt.ops.reference import bottleneck
-from mmadapt.ops.volume import depth_grid, through_depth, to_columns, to_slices, windows
+from mmadapt.ops.volume import (
+    depth_grid,
+    from_windows,
+    through_depth,
+    to_columns,
+    to_slices,
+    windows,
+)
 
 
 def adapted(
@@ -260,6 +268,30 @@ def test_where_a_stage_of_sam2_begins_there_is_no_depth_branch() -> None:
     assert deep == {"0/vision.layers[0].attn:out", "0/vision.layers[3].attn:out"}
 
 
+@pytest.mark.parametrize("depth", [False, True])
+def test_without_relative_positions_it_is_a_sam_whose_tables_are_zero(depth: bool) -> None:
+    """In both branches, and in the attention over depth."""
+    found, pixels = [], stack(6)
+    for positions in ("zero", "kept"):
+        adapter = mm.MedSA("released", depth=depth, relative_positions=positions)  # type: ignore[arg-type]
+        model: Any = BACKBONES["hf_sam"].fresh()
+        if positions == "kept":
+            with torch.no_grad():
+                for block in model.vision_encoder.layers:
+                    block.attn.rel_pos_h.zero_()
+                    block.attn.rel_pos_w.zero_()
+        randomise(mm.attach(model, adapter, at="vision.layers[*].attn:out", seed=1), 0.3)
+        if positions == "zero":
+            rest = mm.MedSA(relative_positions="zero")
+            mm.attach(model, rest, "tables", at=list(rest.patterns[2:4]))
+            mm.set_active(model, "default", "tables")
+        with contextlib.nullcontext() if not depth else mm.context(model, depth=3):
+            found.append(encode(model, pixels))
+    assert torch.equal(*found)
+    with_tables, _ = adapted(mm.MedSA("released"), at="vision.layers[*].attn:out")
+    assert differ((encode(with_tables, pixels),), (found[0],))
+
+
 def test_a_plain_vision_transformer_is_refused() -> None:
     with pytest.raises(mm.errors.SiteError, match=r"grid of image tokens \(BHWC\)"):
         mm.attach(BACKBONES["hf_vit"].fresh(), mm.MedSA())
@@ -367,10 +399,62 @@ def test_conv_depth_by_hand() -> None:
     assert found.flatten().tolist() == [3.0, 6.0, 5.0, 30.0, 60.0, 50.0]
 
 
-def test_conv_depth_in_vit_b_is_half_of_the_published_size() -> None:
-    """MA-SAM has two such adapters a block, 24,818,688 numbers; ours stands at the first place."""
-    sizes = planned(hf_sam_of("vit_b"), mm.ConvDepth(384))
-    assert 2 * sum(sizes) == 24_818_688
+@pytest.mark.parametrize("build", [hf_sam_of, original_of])
+def test_conv_depth_at_both_places_of_vit_b_has_the_published_size(build: Any) -> None:
+    """MA-SAM has two such adapters a block, 24,818,688 numbers."""
+    model = build("vit_b")
+    both = planned(model, mm.ConvDepth(384, second=True))
+    assert (len(both), sum(both)) == (24, 24_818_688)
+    assert 2 * sum(planned(model, mm.ConvDepth(384))) == 24_818_688
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(4, 5, 3), (64, 64, 14), (3, 4, 4)])
+def test_a_grid_is_put_together_from_its_windows(rows: int, columns: int, side: int) -> None:
+    grid = torch.randn(2, rows, columns, 2)
+    assert torch.equal(from_windows(windows(grid, side, side), rows, columns), grid)
+
+
+@pytest.mark.parametrize("name", ["hf_sam", "segment_anything"])
+def test_the_second_place_is_the_stream_between_attention_and_mlp(name: str) -> None:
+    """MA-SAM's block, step by step over the bare modules, in windowed and global blocks."""
+    model, attachment = adapted(mm.ConvDepth(4, second=True), name)
+    ours = name == "hf_sam"
+    encoder = model.vision_encoder if ours else model.image_encoder
+    names = ("layer_norm1", "layer_norm2") if ours else ("norm1", "norm2")
+    pixels = stack(6)
+    with torch.no_grad(), mm.context(model, depth=3):
+        found = encoder(pixels)
+    layers = attachment.layers
+
+    def convolved(x: Tensor, layer: Any) -> Tensor:
+        z = F.layer_norm(x, (16,), layer.norm_weight, layer.norm_bias) @ layer.down.T
+        z = z.view(2, 3, 4, 4, 4).permute(0, 4, 1, 2, 3)  # (B, C, D, H, W)
+        z = F.conv3d(z, layer.kernel[..., None, None], layer.kernel_bias, padding=(1, 0, 0))
+        return x + F.gelu(z).permute(0, 2, 3, 4, 1).flatten(0, 1) @ layer.up.T
+
+    with mm.disabled(model), torch.no_grad():
+        x = encoder.patch_embed(pixels) + encoder.pos_embed
+        for place, block in enumerate(encoder.layers if ours else encoder.blocks):
+            norms = [getattr(block, word) for word in names]
+            x = convolved(x, layers[f"0/vision.layers[{place}]:in"])
+            size = block.window_size or 4
+            attended = block.attn(windows(norms[0](x), size, size))
+            attended = attended[0] if ours else attended
+            x = x + from_windows(attended, 4, 4)
+            x = convolved(x, layers[f"0/vision.layers[{place}].attn:out"])
+            x = x + block.mlp(norms[1](x))
+        expected = encoder.neck(x if ours else x.permute(0, 3, 1, 2))
+    found = found.last_hidden_state if ours else found
+    assert_close((found,), (expected,), 1e-5)
+    mm.detach(model)
+    with torch.no_grad():
+        bare = encoder(pixels)
+    assert differ((found,), (bare.last_hidden_state if ours else bare,))
+
+
+def test_the_second_place_is_known_in_sam_alone() -> None:
+    with pytest.raises(mm.errors.SiteError, match=r"second=True\) reads a grid of image tokens"):
+        mm.attach(BACKBONES["hf_vit"].fresh(), mm.ConvDepth(4, second=True))
 
 
 def test_slices_may_go_through_any_vision_transformer() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import pictures
 from snapshot import assert_equal, assert_same_values, flags, values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -32,21 +33,7 @@ class Pictures(Dataset):
 
 def adapted() -> tuple[Any, Any]:
     """A classifier of transformers, with dropout, and an adapter with dropout in it."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )
-    model = transformers.ViTForImageClassification(config)
+    model = pictures(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     return model, mm.attach(model, mm.Bottleneck(4, dropout=0.1), name="task")
 
 

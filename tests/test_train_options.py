@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import BACKBONES
+from fitting import TARGETS, adapted, copies, distance, fit, pictures
 from handmade import hidden, small
 from snapshot import assert_close, assert_equal
 from torch import Tensor, nn
@@ -19,30 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import mmadapt as mm
 from mmadapt.errors import AttachError, CheckError, DataError
 from mmadapt.train.optimiser import decays
-
-TARGETS = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(4))
-
-
-def adapted(adapter: Any = None) -> tuple[mm.Backbone, Any]:
-    backbone = small()
-    adapter = mm.Bottleneck(4) if adapter is None else adapter
-    return backbone, mm.attach(backbone, adapter, at="layers[*].mlp")
-
-
-def distance(model: Any, batch: Any) -> Tensor:
-    inputs, targets = batch
-    return F.mse_loss(model(inputs), targets)
-
-
-def copies(attachment: Any) -> tuple[Tensor, ...]:
-    return tuple(p.detach().clone() for p in attachment.parameters())
-
-
-def fit(m: Any, data: Any = None, **options: Any) -> mm.History:
-    data = (hidden(8), TARGETS) if data is None else data
-    defaults = {"loss": distance, "steps": 5, "batch_size": 4, "progress": False}
-    return mm.fit(m, data, **{**defaults, **options})
-
 
 # -- the optimiser ----------------------------------------------------------------------------------
 
@@ -276,17 +253,7 @@ def test_without_a_loss_the_model_computes_it() -> None:
 
 
 def test_a_model_of_transformers_trains_from_a_dictionary() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    model = transformers.ViTForImageClassification(config)
+    model = pictures()
     attachment = mm.attach(model, mm.Bottleneck(4))
     data = {"pixel_values": torch.randn(9, 3, 8, 8), "labels": torch.arange(9) % 3}
     start = copies(attachment)

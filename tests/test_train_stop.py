@@ -13,49 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
 import torch
-from handmade import hidden, small
+from fitting import TARGETS, adapted, at_call, copies, fit
+from handmade import hidden
 from snapshot import assert_equal, flags
 from torch import Tensor
-from torch.nn import functional as F
 
 import mmadapt as mm
 from mmadapt.errors import CheckError, MmadaptError
-
-TARGETS = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(4))
-
-
-def adapted() -> tuple[mm.Backbone, Any]:
-    backbone = small()
-    return backbone, mm.attach(backbone, mm.Bottleneck(4), at="layers[*].mlp")
-
-
-def distance(model: Any, batch: Any) -> Tensor:
-    inputs, targets = batch
-    return F.mse_loss(model(inputs), targets)
-
-
-def copies(attachment: Any) -> tuple[Tensor, ...]:
-    return tuple(p.detach().clone() for p in attachment.parameters())
-
-
-def fit(m: Any, data: Any = None, **options: Any) -> mm.History:
-    data = (hidden(8), TARGETS) if data is None else data
-    defaults = {"loss": distance, "steps": 5, "batch_size": 4, "progress": False}
-    return mm.fit(m, data, **{**defaults, **options})
-
-
-def at_call(number: int, act: Any) -> Any:
-    """The loss, with something happening in the given call, counted from 1."""
-    calls: list[int] = []
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        calls.append(1)
-        value = distance(model, batch)
-        return act(value) if len(calls) == number else value
-
-    return loss
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +119,7 @@ PROGRAM = """
 import os, signal, sys
 import torch
 sys.path.insert(0, {tests!r})
-from test_train_stop import adapted, distance, hidden, TARGETS
+from fitting import INPUTS, TARGETS, adapted, distance
 import mmadapt as mm
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -168,7 +135,7 @@ def loss(model, batch):
     return distance(model, batch)
 
 try:
-    history = mm.fit(backbone, (hidden(8), TARGETS), loss=loss, steps=10, progress=True)
+    history = mm.fit(backbone, (INPUTS, TARGETS), loss=loss, steps=10, progress=True)
     print("returned", history.interrupted, len(history.losses), flush=True)
     mm.save(backbone, {folder!r})
 except KeyboardInterrupt:
@@ -331,7 +298,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_once_and_training_goes_on(
     with pytest.warns(UserWarning, match="could not be written") as caught, small_files(2_000):
         history = fit(backbone, steps=6, checkpoint=checkpoint)
     _say_once(caught, history, path)
-    assert caught[0].filename == __file__  # said to the caller
+    assert caught[0].filename == fitting.__file__  # said to the caller
     assert list(tmp_path.iterdir()) == []  # no half-written file either
     other, expected = adapted()
     fit(other, steps=6)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import at_call, distance, interrupt
 from handmade import hidden, small
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,10 +34,6 @@ def adapted() -> tuple[mm.Backbone, Any]:
     backbone = small()
     torch.manual_seed(6)
     return backbone, mm.attach(backbone, mm.Bottleneck(4), at="layers[*].mlp")
-
-
-def distance(model: Any, batch: Any) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
 
 
 def fit(m: Any, data: Any = DATA, **options: Any) -> mm.History:
@@ -105,15 +102,7 @@ def dropout(folder: Path) -> Any:
 def cut(folder: Path) -> Any:
     """Interrupted in all processes, in the fourth step."""
     backbone, attachment = adapted()
-    calls: list[int] = []
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return distance(model, batch)
-
-    history = fit(backbone, loss=loss, checkpoint=folder / "run.pt")
+    history = fit(backbone, loss=at_call(4, interrupt), checkpoint=folder / "run.pt")
     return attachment.parameters(), history
 
 
@@ -196,15 +185,7 @@ def four(folder: Path) -> Any:
 
 def fsdp_cut(folder: Path) -> Any:
     backbone, attachment = sharded()
-    calls: list[int] = []
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return distance(model, batch)
-
-    history = fit(backbone, loss=loss, checkpoint=folder / "run.pt")
+    history = fit(backbone, loss=at_call(4, interrupt), checkpoint=folder / "run.pt")
     return full(attachment), history
 
 

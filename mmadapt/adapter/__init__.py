@@ -9,6 +9,7 @@ or `register_adapter`.
 from __future__ import annotations
 
 from mmadapt.adapter.affine import AdapterBias, BiasScale, ScaleShift
+from mmadapt.adapter.any2point import Any2Point
 from mmadapt.adapter.base import Adapter
 from mmadapt.adapter.bottleneck import Bottleneck
 from mmadapt.adapter.compacter import Compacter
@@ -19,6 +20,9 @@ from mmadapt.adapter.lowbit import BiAdaptFormer
 from mmadapt.adapter.lowrank import LoRA
 from mmadapt.adapter.pooled import ClipAdapter, TipAdapter
 from mmadapt.adapter.registry import _REGISTRY, adapters, from_json, register_adapter
+from mmadapt.adapter.segmentation import AdapterShadow, SAMMed2D
+from mmadapt.adapter.sound import ConvAdapter, ConvPass1d, DeepPrompts, DenseMoA, SoftMoA
+from mmadapt.adapter.three_d_sam import ThreeDSAM
 from mmadapt.adapter.unlock import Unlock
 from mmadapt.adapter.validation import ACTIVATIONS, Activation
 from mmadapt.adapter.volume import ConvDepth, MedSA
@@ -30,19 +34,28 @@ __all__ = [
     "Activation",
     "Adapter",
     "AdapterBias",
+    "AdapterShadow",
+    "Any2Point",
     "BiAdaptFormer",
     "BiasScale",
     "Bottleneck",
     "ClipAdapter",
     "Compacter",
+    "ConvAdapter",
     "ConvDepth",
+    "ConvPass1d",
     "Convpass",
+    "DeepPrompts",
+    "DenseMoA",
     "Head",
     "Invertible",
     "LlamaAdapter",
     "LoRA",
     "MedSA",
+    "SAMMed2D",
     "ScaleShift",
+    "SoftMoA",
+    "ThreeDSAM",
     "TipAdapter",
     "Unlock",
     "ZeroInitAttention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,6 +60,10 @@ class Adapter:
     def patterns(self) -> tuple[str, ...]:
         """Site patterns used when `attach` is given none."""
         return self.default_sites if self.at is None else self.at
+
+    def patterns_among(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """The same for a backbone with these roles, where they depend on how many it has."""
+        return self.patterns
 
     @property
     def every_pattern(self) -> bool:

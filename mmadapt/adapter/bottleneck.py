@@ -18,7 +18,8 @@ class Bottleneck(Adapter):
 
     `sequential` reads the site's output y, `parallel` its input x (He et al. 2022):
     y + norm_after(s·up(dropout(act(down(norm_before(z)))))) with z = y or x. `residual` reads the
-    residual stream at the branch, r in r + branch(norm(r)): x before the backbone's norm.
+    residual stream at the branch, r in r + branch(norm(r)): x before the backbone's norm. At the `in`
+    port, `at="audio.layers[*].mlp:in"`, it stands before the branch: x + s·up(…(x)).
 
     `norm` adds a LayerNorm of the adapter's own before the down-projection or after the scaling.
     `scale` is the number s; with `scale_kind` "learned" or "channel" it is where one trained number,
@@ -36,7 +37,7 @@ class Bottleneck(Adapter):
 
     method: ClassVar[str] = "bottleneck"
     layer: ClassVar[str] = "mmadapt.methods.bottleneck:BottleneckLayer"
-    ports: ClassVar[tuple[str, ...]] = ("out",)
+    ports: ClassVar[tuple[str, ...]] = ("out", "in")
     default_sites: ClassVar[tuple[str, ...]] = ("*.layers[*].mlp", "blocks[*].mlp")
     not_identity: ClassVar[str] = 'start="houlsby" draws the up-projection too, as published'
     source: ClassVar[str] = (
@@ -149,3 +150,13 @@ class Bottleneck(Adapter):
             "at": ("*.layers[*]",),
         }
         return cls._published(width, 8, **{**options, **changes})
+
+    @classmethod
+    def audio(cls, width: int | None = None, **changes: Any) -> Bottleneck:
+        """One beside the MLP of each block of an audio encoder, reading what the MLP reads, a 64th of
+        the channels wide, as recommended for spectrogram transformers (arXiv:2312.03694).
+        """
+        options: dict[str, Any] = {"placement": "parallel", "at": ("audio.layers[*].mlp",)}
+        if width is None:
+            options["reduction"] = 64
+        return cls(width, **{**options, **changes})

@@ -50,7 +50,8 @@ class MedSA(Adapter):
     The paper leaves the sizes of the first one open; ours are `hyper_width` channels inside,
     `hyper_layers` generated matrices, and the mean of the embedded prompts reduced to
     `prompt_width` numbers. `start="published"` draws all projections as torch draws linear layers,
-    which is no identity.
+    which is no identity. Nor is `relative_positions="zero"`: the attention of the encoder without
+    its tables of relative positions, the condition under which many released checkpoints were trained.
 
     Parameters per bottleneck: 2·C·width + width + C, width = ⌊ratio·C⌋.
     """
@@ -59,7 +60,10 @@ class MedSA(Adapter):
     layer: ClassVar[str] = "mmadapt.methods.med_sa:layer_at"
     ports: ClassVar[tuple[str, ...]] = ("out", "weight")
     elsewhere: ClassVar[str] = "attach it to a SAM: transformers' SamModel, for example"
-    not_identity: ClassVar[str] = 'start="published" draws the up-projections too'
+    not_identity: ClassVar[str] = (
+        'start="published" draws the up-projections too, and relative_positions="zero" takes '
+        "tensors of the backbone away"
+    )
     source: ClassVar[str] = "Wu et al. 2023, arXiv:2304.12620"
 
     variant: Literal["paper", "released"] = "paper"
@@ -73,10 +77,12 @@ class MedSA(Adapter):
     hyper_layers: int = 2
     prompt_width: int = 16
     start: Literal["zero", "published"] = "zero"
+    relative_positions: Literal["kept", "zero"] = "kept"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "variant", ("paper", "released"))
+        one_of(self, "relative_positions", ("kept", "zero"))
         paper = self.variant == "paper"
         if self.activation is None:
             object.__setattr__(self, "activation", "relu" if paper else "gelu")
@@ -96,6 +102,8 @@ class MedSA(Adapter):
         if self.at is not None:
             return self.at
         encoder = ("vision.layers[*].attn:out", "vision.layers[*].mlp:out")
+        if self.relative_positions == "zero":
+            encoder += tuple(f"vision.layers[*].attn.rel_{axis}:weight" for axis in "hw")
         if self.decoder == "frozen":
             return encoder
         if self.decoder == "trained":
@@ -104,7 +112,7 @@ class MedSA(Adapter):
         return (*encoder, *(f"decoder.layers[*].{word}:out" for word in words))
 
     def starts_as_identity(self) -> bool:
-        return self.start == "zero"
+        return self.start == "zero" and self.relative_positions == "kept"
 
     def width_of(self, channels: int) -> int:
         """The width of a bottleneck at a site of so many channels."""
@@ -119,13 +127,15 @@ class ConvDepth(Adapter):
     x + up(gelu(conv(down(norm(x))))): images are slices of volumes, told by
     `mm.context(model, depth=slices)`, each volume's slices in a row; conv sees `kernel` adjacent slices
     at one position, zeros beyond the first and the last. Any backbone for images can be given slices.
-    By default it stands before every block, the first of the authors' two places.
+    By default it stands before every block, the first of the authors' two places. With `second`
+    another stands between the attention and the MLP, on the residual stream, in the blocks of a SAM:
+    the authors' second place, met at the attention.
 
     Parameters per site: 2·C·width + kernel·width² + width, with the norm 2·C more.
     """
 
     method: ClassVar[str] = "conv_depth"
-    layer: ClassVar[str] = "mmadapt.methods.conv_depth:ConvDepthLayer"
+    layer: ClassVar[str] = "mmadapt.methods.conv_depth:layer_at"
     ports: ClassVar[tuple[str, ...]] = ("in", "out")
     default_sites: ClassVar[tuple[str, ...]] = ("vision.layers[*]",)
     source: ClassVar[str] = "Chen et al. 2023 (MA-SAM), arXiv:2309.08842"
@@ -133,13 +143,20 @@ class ConvDepth(Adapter):
     width: int = 32
     kernel: int = 3
     norm: bool = True
+    second: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "width", "kernel")
-        flag(self, "norm")
+        flag(self, "norm", "second")
         if self.kernel % 2 == 0:
             raise AdapterError(
                 f"ConvDepth: kernel is {self.kernel}, expected an odd number of slices",
                 "3 sees the slice before, the slice itself and the one behind it",
             )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        if self.at is not None or not self.second:
+            return super().patterns
+        return ("vision.layers[*]:in", "vision.layers[*].attn:out")

@@ -25,6 +25,8 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     groups = _groups(model)
     if not groups:
         return []
+    flat = {cls: group for cls, group in groups.items() if not _nests(group)}
+    groups = flat or groups  # a U-net's levels stand within each other, its units do not
     share = {cls: sum(_size(module) for _, module in group) for cls, group in groups.items()}
     most = max(share.values())
     large = [cls for cls in groups if 2 * share[cls] > most]
@@ -35,7 +37,14 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         apart = all(not _nested(path, other) for path, _ in groups[cls] for other in found)
         if apart and normed[cls] == normed[large[0]]:
             found.update(groups[cls])
+    for path, module in model.named_modules():  # those that no list holds, as a U-net's lowest unit
+        if type(module) in large[:1] and not any(_nested(path, other) for other in found):
+            found[path] = module
     return [(path, module) for path, module in model.named_modules() if path in found]
+
+
+def _nests(group: list[tuple[str, nn.Module]]) -> bool:
+    return any(one != other and _nested(one, other) for one, _ in group for other, _ in group)
 
 
 def _nested(one: str, other: str) -> bool:

@@ -28,6 +28,7 @@ from mmadapt.backbones.sam_decoder import (
     weight_only,
 )
 from mmadapt.core.anatomy import Anatomy
+from mmadapt.core.parts import GridAttention, GridEncoder, Prompted
 from mmadapt.core.site import Span
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ def sam_anatomy(model: nn.Module) -> Anatomy:
     encoder = _hf_encoder()
     return Anatomy(
         family="sam",
-        spans={**encoder.spans, **prompts(HF, model), **decoder(HF, model)},
+        spans={
+            "model": _whole("", "vision_encoder.pos_embed@3", _hf_model),
+            **encoder.spans,
+            **prompts(HF, model),
+            **decoder(HF, model),
+            **_ends(),
+        },
         towers={"vision": "vision_encoder", "decoder": "mask_decoder"},
         taps=encoder.taps,
         fills={"mask_decoder": prompt_tokens},
@@ -59,9 +66,10 @@ def _hf_encoder() -> Anatomy:
     path = "vision_encoder"
     neck = f"{path}.neck"
     spans = {
+        "vision": _whole(path, f"{neck}.conv2.weight@0", _hf_encoder_parts),
         "vision.patches": patches(f"{path}.patch_embed.projection"),
         "vision.positions": weight_only(path, f"{path}.pos_embed"),
-        **encoder_blocks(f"{path}.layers", "0|hidden_states", _NORMS, ("lin1", "lin2")),
+        **_blocks(f"{path}.layers", "0|hidden_states", _NORMS),
         "vision.neck": Span(  # takes BHWC and gives BCHW
             neck,
             x="0|hidden_states",
@@ -88,9 +96,11 @@ def segment_anything_anatomy(model: nn.Module) -> Anatomy:
     path = "image_encoder"
     neck = f"{path}.neck"
     spans = {
+        "model": _whole("", f"{path}.pos_embed@3", _segment_anything_model),
+        "vision": _whole(path, f"{neck}.2.weight@0", _segment_anything_encoder_parts),
         "vision.patches": patches(f"{path}.patch_embed.proj"),
         "vision.positions": weight_only(path, f"{path}.pos_embed"),
-        **encoder_blocks(f"{path}.blocks", "0|x", ("norm1", "norm2"), ("lin1", "lin2")),
+        **_blocks(f"{path}.blocks", "0|x", ("norm1", "norm2")),
         "vision.neck": Span(
             neck,
             x="0|input",
@@ -104,6 +114,7 @@ def segment_anything_anatomy(model: nn.Module) -> Anatomy:
         "vision.neck.norm2": norm(f"{neck}.3", "BCHW"),
         **prompts(SEGMENT_ANYTHING, model),
         **decoder(SEGMENT_ANYTHING, model),
+        **_ends(),
     }
     return Anatomy(
         family="sam",
@@ -113,6 +124,12 @@ def segment_anything_anatomy(model: nn.Module) -> Anatomy:
         fills={"mask_decoder": prompt_tokens},
         facts=_segment_anything_facts,
     )
+
+
+def _blocks(path: str, x: str, names: tuple[str, str]) -> dict[str, Span]:
+    spans = encoder_blocks(path, x, names, ("lin1", "lin2"))
+    attention = "vision.layers[i].attn"
+    return {**spans, attention: replace(spans[attention], parts=_attention)}
 
 
 def encoder_blocks(
@@ -149,6 +166,50 @@ def encoder_blocks(
         for axis in "hw"
     }
     return {**{name: replace(span, layout="BHWC") for name, span in spans.items()}, **tables}
+
+
+# -- the parts, for methods that stand in for a whole ------------------------------------------------
+
+
+def _whole(path: str, channels: str, parts: Any = None) -> Span:
+    """A module whose call a method may stand in for, taking and giving what it likes."""
+    return Span(path, ("around",), channels=channels, layout="BCHW", aligned=False, parts=parts)
+
+
+def _ends() -> dict[str, Span]:
+    return {
+        "prompt": _whole("prompt_encoder", "prompt_encoder.no_mask_embed.weight@1"),
+        "decoder": _whole("mask_decoder", "mask_decoder.iou_token.weight@1"),
+    }
+
+
+def _hf_model(model: Any) -> Prompted:
+    return Prompted(model.vision_encoder, model.prompt_encoder, model.mask_decoder)
+
+
+def _segment_anything_model(model: Any) -> Prompted:
+    return Prompted(model.image_encoder, model.prompt_encoder, model.mask_decoder)
+
+
+def _hf_encoder_parts(encoder: Any) -> GridEncoder:
+    return GridEncoder(encoder.patch_embed.projection, encoder.pos_embed, encoder.layers)
+
+
+def _segment_anything_encoder_parts(encoder: Any) -> GridEncoder:
+    return GridEncoder(encoder.patch_embed.proj, encoder.pos_embed, encoder.blocks)
+
+
+def _attention(module: Any) -> GridAttention:
+    """Both libraries agree on all names but one."""
+    original = hasattr(module, "num_heads")
+    return GridAttention(
+        qkv=module.qkv,
+        proj=module.proj,
+        heads=module.num_heads if original else module.num_attention_heads,
+        rows=getattr(module, "rel_pos_h", None),
+        columns=getattr(module, "rel_pos_w", None),
+        pair=not original,
+    )
 
 
 # -- what must be equal for a file to fit ---------------------------------------------------------

@@ -20,6 +20,7 @@ from mmadapt.backbones.blocks import (
     with_prefix,
 )
 from mmadapt.core.anatomy import Anatomy
+from mmadapt.core.parts import PatchPositions
 from mmadapt.core.site import NO_GRID, Span
 
 if TYPE_CHECKING:
@@ -52,13 +53,40 @@ def vit_anatomy(model: Any) -> Anatomy:
         family=kind,
         spans={
             **with_prefix(layers, _PREFIX[kind]),
+            **(_wholes(inner) if kind == "vit" else {}),
             "vision.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
             "vision.norm": norm(f"{inner}layernorm"),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=block_taps("vision", tower, "layernorm_before", "layernorm_after"),
+        taps={
+            **block_taps("vision", tower, "layernorm_before", "layernorm_after"),
+            "tokens": f"{inner}layernorm:out",
+        },
         facts=_vit_facts,
+    )
+
+
+def _wholes(inner: str) -> dict[str, Span]:
+    """Where a method may take other inputs: the embeddings of a bare tower, and its own call."""
+    if inner:
+        return {}
+    channels = "embeddings.position_embeddings@2"
+    return {
+        "model": Span("", ("around",), channels=channels, aligned=False),
+        "vision.embeddings": Span(
+            "embeddings", ("around",), channels=channels, aligned=False, parts=_patch_positions
+        ),
+    }
+
+
+def _patch_positions(embeddings: Any) -> PatchPositions:
+    size = embeddings.patch_embeddings.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    patch = embeddings.patch_embeddings.projection.kernel_size
+    rows, columns = height // patch[0], width // patch[1]
+    return PatchPositions(
+        embeddings.position_embeddings[0, 1:].unflatten(0, (rows, columns)), (height, width)
     )
 
 
@@ -114,12 +142,16 @@ def dinov2_anatomy(model: nn.Module) -> Anatomy:
         family="dinov2",
         spans={
             **with_prefix(layers, 1 + registers),
+            **({} if registers else _wholes(inner)),
             "vision.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
             "vision.norm": norm(f"{inner}layernorm"),
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps=block_taps("vision", path, "norm1", "norm2"),
+        taps={
+            **block_taps("vision", path, "norm1", "norm2"),
+            "tokens": f"{inner}layernorm:out",
+        },
         facts=_dinov2_facts,
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.known import KNOWN
 from mmadapt.core.site import BIAS, Derived, SiteView, Span
 from mmadapt.errors import SiteError
 
@@ -36,8 +37,10 @@ class Anatomy:
     #: and "module path:kw:keyword"; or one derived from such
     taps: Mapping[str, str | Derived] = field(default_factory=dict)
     #: path of a tower -> function (module, args, kwargs of its call) -> facts about this forward pass,
-    #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding
+    #: every one it knows, None where the call does not say; "mask": bool (B, T), False for padding; "tokens": how many T are
     fills: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
+    #: attribute of a module, by its path -> what it is while something is attached
+    settings: Mapping[str, Any] = field(default_factory=dict)
     #: plain facts that must be equal for an adapter file to fit (sizes, vocabulary, activation)
     facts: Callable[[Any], dict[str, Any]] | None = None
     #: names that have changed: old role, or its beginning -> the present one
@@ -208,105 +211,12 @@ def _has(find: _Find, span: Span) -> bool:
     return True
 
 
-#: fully qualified class name -> "module:function of the model" that returns its anatomy
-KNOWN: dict[str, str] = {
-    "open_clip.model.CLIP": "mmadapt.backbones.clip:open_clip_anatomy",
-    "open_clip.model.CustomTextCLIP": "mmadapt.backbones.clip:open_clip_anatomy",
-    "open_clip.transformer.VisionTransformer": "mmadapt.backbones.clip:open_clip_vision_anatomy",
-    "transformers.models.clip.modeling_clip.CLIPModel": "mmadapt.backbones.clip:hf_clip_anatomy",
-    "transformers.models.clip.modeling_clip.CLIPVisionModel": (
-        "mmadapt.backbones.clip:hf_clip_vision_anatomy"
-    ),
-    "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": (
-        "mmadapt.backbones.clip:hf_clip_vision_anatomy"
-    ),
-    "timm.models.vision_transformer.VisionTransformer": "mmadapt.backbones.vit:timm_vit_anatomy",
-    "transformers.models.siglip.modeling_siglip.SiglipModel": (
-        "mmadapt.backbones.siglip:siglip_anatomy"
-    ),
-    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": (
-        "mmadapt.backbones.siglip:siglip_vision_anatomy"
-    ),
-    "transformers.models.siglip.modeling_siglip.SiglipForImageClassification": (
-        "mmadapt.backbones.siglip:siglip_vision_anatomy"
-    ),
-    **{
-        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
-            "mmadapt.backbones.vit:dinov2_anatomy"
-        )
-        for family, prefix in (
-            ("dinov2", "Dinov2"),
-            ("dinov2_with_registers", "Dinov2WithRegisters"),
-        )
-        for suffix in ("Model", "ForImageClassification")
-    },
-    **{
-        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
-            f"mmadapt.backbones.bert:{table}_anatomy"
-        )
-        for family, prefix, table in (
-            ("bert", "Bert", "bert"),
-            ("roberta", "Roberta", "bert"),
-            ("xlm_roberta", "XLMRoberta", "bert"),
-            ("camembert", "Camembert", "bert"),
-            ("electra", "Electra", "bert"),
-            ("deberta_v2", "DebertaV2", "deberta"),
-            ("distilbert", "DistilBert", "distilbert"),
-        )
-        for suffix in (
-            "Model",
-            "ForSequenceClassification",
-            "ForTokenClassification",
-            "ForQuestionAnswering",
-            "ForMaskedLM",
-        )
-    },
-    **{
-        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
-            "mmadapt.backbones.vit:vit_anatomy"
-        )
-        for family, prefix in (
-            ("vit", "ViT"),
-            ("deit", "DeiT"),
-            ("beit", "Beit"),
-            ("vit_mae", "ViTMAE"),
-        )
-        for suffix in ("Model", "ForImageClassification")
-    },
-    **{
-        f"transformers.models.{family}.modeling_{family}.{prefix}{suffix}": (
-            "mmadapt.backbones.llama:llama_anatomy"
-        )
-        for family, prefix in (
-            ("llama", "Llama"),
-            ("mistral", "Mistral"),
-            ("qwen2", "Qwen2"),
-            ("qwen3", "Qwen3"),
-            ("gemma", "Gemma"),
-        )
-        for suffix in (
-            "Model",
-            "ForCausalLM",
-            "ForSequenceClassification",
-            "ForTokenClassification",
-        )
-    },
-    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": (
-        "mmadapt.backbones.vit:vit_anatomy"
-    ),
-    "transformers.models.sam.modeling_sam.SamModel": "mmadapt.backbones.sam:sam_anatomy",
-    "transformers.models.sam.modeling_sam.SamVisionModel": "mmadapt.backbones.sam:sam_vision_anatomy",
-    "transformers.models.sam2.modeling_sam2.Sam2Model": "mmadapt.backbones.sam2:sam2_anatomy",
-    "segment_anything.modeling.sam.Sam": "mmadapt.backbones.sam:segment_anything_anatomy",
-    "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",
-}
-
-
 def find_anatomy(model: nn.Module) -> Anatomy:
     """The anatomy of `model`, by the name of its class or of a class it inherits from.
 
     A model of an unknown class is probed for a decoder with rotary positions, else gets the generic
-    anatomy of its repeated blocks (`blocks[i]`); without such blocks `BackboneError` says how to name modules by hand.
+    anatomy of its repeated blocks (`blocks[i]`); without such blocks `BackboneError` says how to name
+    modules by hand.
     """
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     for name in names:

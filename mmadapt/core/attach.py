@@ -56,13 +56,14 @@ def resolve(
         raise SiteError(
             f"at is {at!r}, expected a site pattern or a list of them", "see mmadapt.sites(model)"
         )
-    patterns = adapter.patterns if at is None else ([at] if isinstance(at, str) else list(at))
+    spans = anatomy.roles(model)
+    own = adapter.patterns_among(spans)
+    patterns = own if at is None else ([at] if isinstance(at, str) else list(at))
     if not patterns:
         raise SiteError(
             f"{type(adapter).__name__} was given no site",
             "pass at=, for example at='*.layers[*].mlp'",
         )
-    spans = anatomy.roles(model)
     if at is None:
         fitting = [p for p in patterns if _matches(p, spans, adapter.ports)]
         if not fitting and adapter.elsewhere:
@@ -79,11 +80,11 @@ def resolve(
 
 def _matches(pattern: str, spans: Any, ports: tuple[str, ...]) -> bool:
     """Whether `pattern` selects roles, all of which offer a port among `ports`."""
-    from mmadapt.core.site import match_roles
+    from mmadapt.core.site import match_roles, offers
 
     roles, port = match_roles(pattern, spans)
     return bool(roles) and all(
-        {port or p for p in ports} & set(spans[role].ports) for role in roles
+        {port or p for p in ports} & set(offers(spans[role])) for role in roles
     )
 
 
@@ -157,7 +158,7 @@ def detach(m: Any, name: str | None = None) -> None:
 
     Its keys, values, hooks, `requires_grad` and train/eval flags are those before the first attach.
     """
-    from mmadapt.core.bank import reset_compiled_code
+    from mmadapt.core.compiled import reset_compiled_code
     from mmadapt.core.merge import take_out
 
     _, bank = require_bank(m)

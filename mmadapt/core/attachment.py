@@ -49,7 +49,10 @@ class Attachment:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is saved beside the tensors: "licence" and "metrics", yours to fill."""
+        """What is saved beside the tensors: "licence", "metrics" and "input", yours to fill.
+
+        "input" is a dictionary that says how images and prompts have to be given.
+        """
         return self._record.metadata
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

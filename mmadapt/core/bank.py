@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 import zlib
 from dataclasses import dataclass, field
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmadapt.core.compiled import compiled_code_exists
 from mmadapt.core.compose import Composition, Stack, Sum
 from mmadapt.core.context import Choice, Forwards
-from mmadapt.core.dispatch import AroundHook, InHook, OutHook, Plan, ShareHook, SiteHook
-from mmadapt.core.effective import WeightHook, WeightRestore, WeightSite
+from mmadapt.core.installed import Installed
 from mmadapt.core.layer import Layer
-from mmadapt.core.passes import Begin, End, FirstForward, TapHook, tap_hook
 from mmadapt.core.renames import undo_renames
 from mmadapt.errors import AttachError
 
@@ -25,11 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
 
     from mmadapt.adapter import Adapter
     from mmadapt.core.anatomy import Anatomy
-    from mmadapt.core.site import SiteView
+    from mmadapt.core.dispatch import Plan, SiteHook
 
 BANK = "_mmadapt"
 #: stands for a site's name in the key of what all sites of an adapter share
@@ -60,12 +56,8 @@ class Bank(nn.Module):
         self.active: Composition = Sum()
         # merged attachments in order: the parameters they changed, with the originals
         self.merged: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
+        self.installed = Installed(model, anatomy, self.forwards)
         self.hooks: dict[str, SiteHook] = self.forwards.sites
-        self.tap_hooks: dict[str, TapHook] = self.forwards.taps
-        #: hooks that several roles share, by the name their handles have
-        self.groups: dict[str, ShareHook | WeightHook] = {}
-        self.begins: list[Begin] = []
-        self.handles: dict[str, list[Any]] = {}
         self.late: dict[str, list[Any]] = {}
         #: for rows that choose: the layers of several attachments at a site, by site and names
         self.stacks: dict[tuple[str, ...], Any] = {}
@@ -126,124 +118,9 @@ class Bank(nn.Module):
             assert isinstance(layer, Layer)
             yield key.replace("|", "."), layer
 
-    # -- hooks ------------------------------------------------------------------------------
-
-    def install(self, site: SiteView, taps: dict[str, str]) -> None:
-        """Put one dispatcher at `site`, if none stands there, and the taps its layers read."""
-        for tap, path in taps.items():
-            if tap not in self.tap_hooks:
-                where, _, end = path.partition(":")
-                module = self._root.get_submodule(where)
-                self.tap_hooks[tap] = tap_hook(tap, end, self.forwards)
-                self.handles[f"tap {tap}"] = [self.tap_hooks[tap].register(module)]
-        if site.name in self.hooks:
-            self.hooks[site.name].site.taps.update(site.taps)
-            return
-        self.hooks[site.name] = self._dispatcher(site)
-
-    def _dispatcher(self, site: SiteView) -> SiteHook:
-        if site.port == "weight":
-            hook = WeightSite(site, self.forwards)
-            self._weight_hook(site).sites.append(hook)
-            return hook
-        if site.port == "around":
-            hook = AroundHook(site, self.forwards)
-            self.handles[site.name] = [hook.install()]
-            return hook
-        module = site.module
-        if site.port == "in":
-            hook = InHook(site, self.forwards)
-            self.handles[site.name] = [first_before(module, hook)]
-            return hook
-        hook = OutHook(site, self.forwards)
-        if site.span.block[1] > 1:
-            self._share_hook(site).sites.append(hook)
-            return hook
-        self.handles[site.name] = [first_after(module, hook)]
-        return hook
-
-    def _share_hook(self, site: SiteView) -> ShareHook:
-        key = f"share {site.span.module}"
-        if key not in self.groups:
-            hook = self.groups[key] = ShareHook(self.forwards)
-            self.handles[key] = [first_after(site.module, hook)]
-        return self.groups[key]  # type: ignore[return-value]
-
-    def _weight_hook(self, site: SiteView) -> WeightHook:
-        key = f"weight {site.span.module} {site.span.weight}"
-        if key not in self.groups:
-            assert site.holder is not None
-            hook = self.groups[key] = WeightHook(site.holder, site.parameter, self.forwards)
-            self.handles[key] = [
-                first_before(site.module, hook),
-                site.module.register_forward_hook(WeightRestore(hook), always_call=True),
-            ]
-        return self.groups[key]  # type: ignore[return-value]
-
-    def follow_passes(self) -> None:
-        """Have the root and the towers announce their forward passes."""
-        statistics = {
-            path: module
-            for path, module in self._root.named_modules()
-            if isinstance(module, _BatchNorm) and module.track_running_stats
-        }
-        for path in dict.fromkeys(("", *self.anatomy.towers.values(), *self.anatomy.fills)):
-            below = {name: norm for name, norm in statistics.items() if _below(name, path)}
-            begin = Begin(self.forwards, self.anatomy.fills.get(path), below)
-            module = self._root.get_submodule(path)
-            self.begins.append(begin)
-            self.handles[f"begin {path}"] = [
-                first_before(module, begin),
-                module.register_forward_hook(End(begin), always_call=True),
-            ]
-
-    def watch_first_forward(self) -> None:
-        """Have each tower's next call verify that its sites fire."""
-        for tower, path in (self.anatomy.towers or {"model": ""}).items():
-            below = [h for h in self.hooks.values() if _below(h.site.span.module, path)]
-            fresh = [hook for hook in below if not hook.fired]
-            if not fresh:
-                continue
-            check = FirstForward(tower, below)
-            key = f"first {tower}"
-            for handle in self.handles.pop(key, []):
-                handle.remove()
-            module = self._root.get_submodule(path)
-            check.handle = module.register_forward_hook(check)
-            self.handles[key] = [check.handle]
-
     def uninstall_unused(self) -> None:
-        """Remove the dispatchers and taps that no remaining attachment needs."""
-        needed = {site for record in self.records.values() for site in record.layers}
-        for name in [name for name in self.hooks if name not in needed]:
-            hook = self.hooks.pop(name)
-            hook.plan = ()  # a first-forward check may still hold it
-            for handle in self.handles.pop(name, []):
-                handle.remove()
-            self._leave_group(hook)
-        sites = [hook.site for hook in self.hooks.values()]
-        read = {tap for site in sites for word in site.taps for tap in site.read_taps(word)}
-        for tap in [tap for tap in self.tap_hooks if tap not in read]:
-            del self.tap_hooks[tap]
-            for handle in self.handles.pop(f"tap {tap}"):
-                handle.remove()
-
-    def _leave_group(self, hook: SiteHook) -> None:
-        """Take a role out of the hook it shares with others, and that one off if it was the last."""
-        for key, group in list(self.groups.items()):
-            if hook in group.sites:
-                group.sites.remove(hook)  # type: ignore[arg-type]
-            if not group.sites:
-                del self.groups[key]
-                for handle in self.handles.pop(key):
-                    handle.remove()
-
-    def remove_all_hooks(self) -> None:
-        """Take every hook off the backbone."""
-        for handles in self.handles.values():
-            for handle in handles:
-                handle.remove()
-        self.handles.clear()
+        """Remove the hooks that no remaining attachment needs."""
+        self.installed.keep(site for record in self.records.values() for site in record.layers)
 
     # -- switching --------------------------------------------------------------------------
 
@@ -258,10 +135,10 @@ class Bank(nn.Module):
         self.forwards.choice = Choice()
         for site, hook in self.hooks.items():
             hook.plan = plans[site]
-        for hook in self.tap_hooks.values():
+        for hook in self.installed.taps.values():
             hook.readers = 0
         wanted: set[str] = set()
-        if self.tap_hooks or self.anatomy.fills:
+        if self.installed.taps or self.anatomy.fills:
             for hook in self.hooks.values():
                 layers = [layer for group in hook.plan for layer in group]
                 words = [word for layer in layers for word in layer.taps]
@@ -269,9 +146,9 @@ class Bank(nn.Module):
                     words.append(hook.x_tap)
                 for word in words:
                     for tap in hook.site.read_taps(word):
-                        self.tap_hooks[tap].readers += 1
+                        self.installed.taps[tap].readers += 1
                 wanted.update(*(layer.facts for layer in layers))
-        for begin in self.begins:
+        for begin in self.installed.begins:
             begin.wanted = frozenset(wanted)
 
     @property
@@ -325,7 +202,7 @@ class Bank(nn.Module):
             handle.remove()
         layers: Any = self._box(name)._modules.values()  # flat ones: their own tables hold it all
         parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
-        if not active and (self.forwards.graded or _compiled_code_exists()):
+        if not active and (self.forwards.graded or compiled_code_exists()):
             self.late[name] = [
                 p.register_hook(LateGradient(p)) for p in parameters if p.requires_grad
             ]
@@ -333,29 +210,22 @@ class Bank(nn.Module):
             parameter.requires_grad_(active)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "late": {},
-            "stacks": {},
-        }  # a copy has no forward pass whose backward is to come
+        # a copy has no forward pass whose backward is to come
+        return {**self.__dict__, "late": {}, "stacks": {}}
 
     # -- the backbone it sits in ------------------------------------------------------------
 
-    @property
-    def _root(self) -> nn.Module:
-        return self.__dict__["root"]
-
-    def seat(self, root: nn.Module) -> None:
-        """Register the bank on `root` and freeze the backbone."""
-        self.__dict__["root"] = root  # not a sub-module: the root already owns the bank
+    def seat(self) -> None:
+        """Register the bank on its root and freeze the backbone."""
+        root = self.installed.root
         for _, parameter in backbone_parameters(root):
             parameter.requires_grad_(False)
         root._modules[BANK] = self
 
     def leave(self) -> None:
         """Take the bank off its root and give the recorded flags back."""
-        root = self._root
-        self.remove_all_hooks()
+        root = self.installed.root
+        self.installed.remove_all()
         del root._modules[BANK]
         for name, parameter in backbone_parameters(root):
             parameter.requires_grad_(self.trainable.get(name, parameter.requires_grad))
@@ -425,45 +295,3 @@ def seeded(name: str, seed: int | None) -> torch.Generator:
     """A private CPU generator; without a seed the attachment's name decides, so runs repeat."""
     value = zlib.crc32(name.encode()) if seed is None else seed
     return torch.Generator(device="cpu").manual_seed(value)
-
-
-_was_reset = False
-
-
-def reset_compiled_code() -> None:
-    """Compiled code does not see new hooks; drop it, where dynamo has been in use at all."""
-    global _was_reset
-    _was_reset = _compiled_code_exists()
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-
-
-def _compiled_code_exists() -> bool:
-    """Whether a forward pass may have run in compiled code, which leaves no note in `Forwards`."""
-    frames = sys.modules.get("torch._dynamo.convert_frame")
-    return _was_reset or getattr(frames, "FRAME_COUNTER", 0) > 0
-
-
-def first_before(module: nn.Module, hook: Any) -> RemovableHandle:
-    """A forward pre-hook (module, args, kwargs) in front of those there are."""
-    handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-    _reorder(module._forward_pre_hooks)
-    return handle
-
-
-def first_after(module: nn.Module, hook: Any) -> RemovableHandle:
-    """A forward hook (module, args, kwargs, output) in front of those there are."""
-    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-    _reorder(module._forward_hooks)
-    return handle
-
-
-def _reorder(hooks: dict[int, Any]) -> None:
-    """torch.compile finds hooks by the order they were inserted in, which `prepend` does not change."""
-    ordered = list(hooks.items())
-    hooks.clear()
-    hooks.update(ordered)
-
-
-def _below(module: str, tower: str) -> bool:
-    return module == tower or not tower or module.startswith(f"{tower}.")

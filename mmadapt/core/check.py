@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import require_bank
@@ -126,12 +126,12 @@ def _total(output: Any) -> Tensor:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dictionaries, tuples and lists, in order."""
+    """Every tensor in nested mappings, tuples and lists, in order."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):

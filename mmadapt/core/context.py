@@ -8,6 +8,7 @@ backward repeats the forward that was, whatever has been switched since.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from mmadapt.core.site import BoundTap
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
+_NON_REENTRANT = (
+    "pass use_reentrant=False, in transformers through "
+    'gradient_checkpointing_kwargs={"use_reentrant": False}'
+)
 
 
 class Context:
@@ -38,6 +43,10 @@ class Context:
         """A fact about this forward pass: what `mmadapt.context` was given, or the anatomy found."""
         value = self._facts.get(fact)
         return default if value is None else value
+
+    def tell(self, **facts: Any) -> None:
+        """Facts that a layer found while the pass is under way, for the layers further on."""
+        self._facts = {**self._facts, **facts}
 
     def leave(self, tap: str, value: Any, readers: int) -> None:
         """Keep what a tap saw until its last reader has come."""
@@ -96,6 +105,8 @@ class Forwards:
         self._regions: WeakKeyDictionary[Any, Region] = WeakKeyDictionary()
         #: whether a graph may exist whose backward is to come
         self.graded = False
+        #: whether the pass under way began with gradients on
+        self.learning = False
         self._thread = 0
         self._depth = 0
 
@@ -115,6 +126,8 @@ class Forwards:
                 "run them one after another, or give each thread a copy.deepcopy of the model",
             )
         self._thread = here
+        if not self._depth:
+            self.learning = torch.is_grad_enabled()
         self._depth += 1
         self.context = Context({**before._facts, **facts, **self.given}, _region_under_way()[0])
         return before
@@ -142,8 +155,7 @@ class Forwards:
             raise CheckError(
                 "backward runs this adapted model again, and it cannot be told for which forward "
                 "pass: reentrant checkpointing, or a checkpoint within a checkpoint",
-                "pass use_reentrant=False, in transformers through "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}',
+                _NON_REENTRANT,
             )
         if region is None:
             return None
@@ -162,6 +174,22 @@ class Forwards:
                 "switch outside of what is checkpointed",
             )
         return known.choice, self.context if self.context.region is region else known.context
+
+    def refuse_reentrant(self) -> None:
+        """Refuse a call without gradients, in a pass that began with them, under reentrant checkpointing.
+
+        Where nothing before it requires a gradient, as behind a frozen front end, adapters in there
+        would get none, and nobody would say so.
+        """
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
+                raise CheckError(
+                    "this part of the model runs under reentrant checkpointing, which records no "
+                    "gradients here; behind a frozen front end adapters would get none, silently",
+                    _NON_REENTRANT,
+                )
+            frame = frame.f_back
 
     def _write_down(self) -> None:
         if self.choice.plans is None:

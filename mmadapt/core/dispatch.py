@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapt.core.context import Choice, Context, Forwards
+from mmadapt.core.stand_in import StandIn
 from mmadapt.errors import CheckError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class SiteHook:
                 recomputed = self.forwards.recomputed()
                 if recomputed is not None:
                     return self._repeat(*recomputed, call)
+            elif plan and self.forwards.learning:
+                self.forwards.refuse_reentrant()
             if plan and not self.fired:  # compiled code must not write Python state
                 self.fired = True
         return self.meet(plan, self.forwards.context, *call) if plan else None
@@ -144,6 +147,8 @@ def acting(
     """For roles that share a hook: those with a plan in this call, its context, and layers to wake."""
     if not torch.compiler.is_compiling():
         recomputed = forwards.recomputed() if torch.is_grad_enabled() else None
+        if forwards.learning and not torch.is_grad_enabled() and any(s.plan for s in sites):
+            forwards.refuse_reentrant()
         if recomputed is not None:
             kept = recomputed[0].plans or {}
             plans = [(site, kept[site]) for site in sites if kept.get(site)]
@@ -179,44 +184,24 @@ class ShareHook:
 
 
 class AroundHook(SiteHook):
-    """Port `around`: stands in for a module's forward, the only way to skip or repeat its call.
+    """Port `around`: stands in for a module's forward, which no hook of torch can."""
 
-    Hooks cannot do that, so it is an instance attribute, put back when it leaves.
-    """
+    def install(self) -> StandIn:
+        """Take the place of the forward; what is returned has a `remove`, as hooks' handles do."""
+        return StandIn(self.site.module, self._stand_in)
 
-    def __init__(self, site: SiteView, forwards: Forwards) -> None:
-        super().__init__(site, forwards)
-        self.before: Callable[..., Any] | None = site.module.__dict__.get("forward")
+    def _stand_in(self, own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        done = self(self.site.module, own, args, kwargs)
+        return own(*args, **kwargs) if done is None else done[0]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        done = super().__call__(self.site.module, args, kwargs)
-        return self.call(*args, **kwargs) if done is None else done[0]
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return type(self.site.module).forward(self.site.module, *args, **kwargs)
-
-    def meet(self, plan: Plan, context: Context, args: tuple, kwargs: dict[str, Any]) -> tuple[Any]:
-        call = self.call
+    def meet(
+        self, plan: Plan, context: Context, own: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any]:
+        call = own
         for group in plan:
             for layer in group:
                 call = functools.partial(_around, layer, call, context, self.site)
         return (call(*args, **kwargs),)
-
-    def install(self) -> AroundHook:
-        """Stand in for the module's forward; what it returns has a `remove`, as hooks' handles do."""
-        self.site.module.__dict__["forward"] = self
-        return self
-
-    def remove(self) -> None:
-        """Give the module its forward back; one that has been wrapped since passes calls on."""
-        self.plan = ()
-        if self.site.module.__dict__.get("forward") is self:
-            del self.site.module.__dict__["forward"]
-            if self.before is not None:
-                self.site.module.__dict__["forward"] = self.before
 
 
 def _around(layer: Layer, call: Any, context: Context, site: SiteView, *args: Any, **kwargs: Any):

@@ -32,7 +32,8 @@ def context(m: Any, *, rows: Sequence[str | None] | None = None, **facts: Any) -
     from mmadapt.core.rows import chosen
 
     _, bank = require_bank(m)
-    _check_facts(bank, facts)
+    if facts:
+        _check_facts(bank, facts)
     forwards = bank.forwards
     before = forwards.given, forwards.context
     with contextlib.nullcontext() if rows is None else chosen(bank, list(rows)):

@@ -16,9 +16,9 @@ from mmadapt.core.bank import (
     Record,
     bank_of,
     check_sums,
-    reset_compiled_code,
     seeded,
 )
+from mmadapt.core.compiled import reset_compiled_code
 from mmadapt.core.compose import Sum
 from mmadapt.core.dispatch import ShareHook, SiteHook
 from mmadapt.core.effective import WeightHook
@@ -89,14 +89,15 @@ def install(
         bank.drop(name)
     if bank is None:
         bank = Bank(model, anatomy, entry)
-        bank.seat(model)
-        bank.follow_passes()
+        bank.seat()
+        bank.installed.follow_passes()
+        bank.installed.settle()
     record = Record(adapters, tuple(tuple(site.name for site in chosen) for chosen in sites))
     bank.put(name, record, layers)
     for site in (site for chosen in sites for site in chosen):
-        bank.install(site, taps[site.name])
+        bank.installed.put(site, taps[site.name])
     bank.uninstall_unused()
-    bank.watch_first_forward()
+    bank.installed.watch_first_forward()
     bank.active = bank.active.without(*(set(bank.active.names) - set(bank.records)))
     bank.activate(Sum(name))
     reset_compiled_code()

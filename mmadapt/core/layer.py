@@ -132,6 +132,8 @@ def empty(site: SiteView, *shape: int) -> nn.Parameter:
 
 def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
     """Draw from U(−bound, bound) on the CPU, so that a seed means the same on every device."""
+    if parameter.is_meta:  # only planned: there is nowhere to put the numbers
+        return
     with torch.no_grad():
         draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
         parameter.copy_((draw * 2 - 1) * bound)

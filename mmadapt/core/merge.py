@@ -166,6 +166,6 @@ def _forget_kept_weights(bank: Bank) -> None:
     """Effective weights that were assembled from the old values must not be used again."""
     from mmadapt.core.effective import WeightHook
 
-    for group in bank.groups.values():
+    for group in bank.installed.groups.values():
         if isinstance(group, WeightHook):
             group.forget()

@@ -24,7 +24,7 @@ def undo_renames(bank: Bank, state_dict: dict[str, Any], prefix: str, *rest: Any
     strays = {key for key in state_dict if key.startswith(prefix)} - own
     if not strays:
         return
-    for saved, name in _saved_names(bank.__dict__["root"], own).items():
+    for saved, name in _saved_names(bank.installed.root, own).items():
         if saved in strays and name not in state_dict:
             state_dict[name] = state_dict.pop(saved)
 

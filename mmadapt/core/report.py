@@ -71,7 +71,8 @@ def plan(
 
     model, anatomy, _ = unwrap(m)
     several = as_adapters(adapter)
-    default = [pattern for one in several for pattern in one.patterns]
+    roles = anatomy.roles(model)
+    default = [pattern for one in several for pattern in one.patterns_among(roles)]
     patterns = default if at is None else ((at,) if isinstance(at, str) else tuple(at))
     table = Table(("site", "width", "tensors", "parameters"))
     generator = torch.Generator().manual_seed(0)

@@ -57,6 +57,11 @@ class Span:
     #: of T, tokens (class, registers) before an image's patches, in reading order;
     #: NO_GRID: patches in no order; None: not known
     prefix: int | None = None
+    #: of the patches behind them, the rows of their grid: bands of a spectrogram (1: frames in a row,
+    #: time along it), None: as many as columns
+    grid_rows: int | None = None
+    #: whether tokens may be added to the module's input: nothing in it depends on their number or place
+    more_tokens: bool = False
     #: parameter that is this role's weight, and its share (k-th of n equal row blocks)
     weight: str = ""
     block: tuple[int, int] = (0, 1)
@@ -66,6 +71,8 @@ class Span:
     aligned: bool = True
     #: rows at y for each row of the batch: "one"; "several", side by side (windows, prompts); "unknown"
     rows: str = "one"
+    #: function of the module -> what it is made of (`mmadapt.core.parts`), where that is known
+    parts: Callable[[Any], Any] | None = None
 
 
 @dataclass(eq=False)

@@ -70,11 +70,13 @@ def save(
         "licence": licence or record.metadata.get("licence"),
         "metrics": metrics or record.metadata.get("metrics") or {},
     }
+    if record.metadata.get("input"):  # how images and prompts have to be given, where that is told
+        manifest["input"] = record.metadata["input"]
     try:
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"metrics or licence cannot be written as JSON: {error}",
+            f"metrics, licence or input cannot be written as JSON: {error}",
             "use plain finite numbers and text",
         ) from None
     folder = Path(path).expanduser()
@@ -155,7 +157,9 @@ def load_adapter(
         )
     except (AdapterFileError, AdapterError) as error:
         raise AdapterFileError(f"{folder}: {error.message}", error.hint) from None
-    attachment.metadata.update(licence=manifest["licence"], metrics=manifest["metrics"])
+    for part in ("licence", "metrics", "input"):
+        if part in manifest:
+            attachment.metadata[part] = manifest[part]
     trained_on, here = manifest["backbone"].get("sha256"), getattr(entry, "sha256", None)
     if trained_on and here and trained_on != here:
         warnings.warn(

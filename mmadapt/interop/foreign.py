@@ -22,10 +22,25 @@ class ForeignFile:
 
     layout: str
     tensors: int
-    #: keys that were there and mean nothing, such as gates of layers without tokens
+    #: keys that were there and were not taken, such as gates of layers without tokens
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     attachment: Attachment | None = field(default=None, repr=False)
+    #: keys among the tensors that were taken in another form, such as the change from the backbone
+    converted: tuple[str, ...] = ()
+    #: keys of the backbone itself that the file could have had
+    missing: tuple[str, ...] = ()
+    #: entries beside the tensors, such as an optimiser
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = {"skipped": self.ignored, "missing": self.missing, "dropped": self.dropped}
+        lines = [
+            f"{self.layout}: {self.tensors} tensors loaded, {len(self.converted)} of them converted",
+            *(f"  {len(keys)} {word}: {some(keys)}" for word, keys in counts.items() if keys),
+            *(f"  {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
 
 def parts(m: Any, name: str | None) -> tuple[Any, dict[str, Any], int]:
@@ -74,21 +89,51 @@ def some(keys: Any) -> str:
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` file, or of its entry "model", read without running code."""
+    return load_checkpoint(path, ("model",))[0]
+
+
+def load_checkpoint(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a `.pth` file or of the first of these entries in it, and its other entries.
+
+    Read without running code: of what is no tensor only plain values and numpy's numbers.
+    """
     import torch
 
     if not path.is_file():
-        raise AdapterFileError(f"there is no file {path}")
+        raise AdapterFileError(
+            f"there is no file {path}" if not path.exists() else f"{path} is a folder"
+        )
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numbers()):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AdapterFileError(f"{path} cannot be read as tensors: {error}") from error
-    if isinstance(stored, dict) and isinstance(stored.get("model"), dict):
-        stored = stored["model"]
+    others: list[str] = []
+    held = [k for k in entries if isinstance(stored, dict) and isinstance(stored.get(k), dict)]
+    if held:
+        others = [str(key) for key in stored if key != held[0]]
+        stored = stored[held[0]]
     if not isinstance(stored, dict) or not all(
         isinstance(v, torch.Tensor) for v in stored.values()
     ):
-        raise AdapterFileError(f"{path} holds something else than tensors by name")
-    return stored
+        raise AdapterFileError(
+            f"{path} holds something else than tensors by name",
+            f"it holds {some(map(str, stored))}" if isinstance(stored, dict) else "",
+        )
+    return stored, others
+
+
+def _numbers() -> list[Any]:
+    """What pickled numbers of numpy are made of, under both names that its versions write."""
+    import numpy
+
+    made: Any = numpy.float64(0).__reduce__()[0]
+    return [
+        (made, "numpy.core.multiarray.scalar"),
+        (made, "numpy._core.multiarray.scalar"),
+        numpy.dtype,
+        *(type(numpy.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    ]
 
 
 def install_tensors(m: Any, adapters: Any, name: str, values: dict[str, Tensor]) -> Attachment:

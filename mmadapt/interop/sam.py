@@ -102,6 +102,43 @@ def to_segment_anything(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def resize_positions(state: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
+    """A state dict of SAM, in either library's names, for images of grid × grid patches.
+
+    What is added to the tokens is resized bicubically, the tables of relative positions of the blocks
+    that see the whole grid linearly, from 2·old − 1 rows to 2·grid − 1; those of windows stay, like
+    everything else. A SAM at 256 pixels, as SAM-Med2D's, has 16 × 16 patches. Raises `BackboneError`
+    where the tables of windows and of whole grids cannot be told apart.
+    """
+    from torch.nn import functional as F
+
+    places = [key for key in state if key.endswith("_encoder.pos_embed")]
+    if len(places) != 1 or state[places[0]].ndim != 4:
+        raise BackboneError(
+            "the state dict has no positions of a SAM",
+            "expected image_encoder.pos_embed or vision_encoder.pos_embed (1, H, W, C)",
+        )
+    old = state[places[0]].shape[1]
+    tables = [key for key in state if ".attn.rel_pos_" in key]
+    whole = {key for key in tables if len(state[key]) == 2 * old - 1}
+    if tables and grid != old and len(whole) in (0, len(tables)):
+        rows = sorted({len(state[key]) for key in tables})
+        raise BackboneError(
+            f"the tables of relative positions have {rows} rows, expected some with {2 * old - 1}, those "
+            f"of the whole {old} × {old} grid, and others, those of windows"
+        )
+    found = dict(state)
+    if grid == old:
+        return found
+    positions = state[places[0]].movedim(-1, 1)
+    resized = F.interpolate(positions, (grid, grid), mode="bicubic", align_corners=False)
+    found[places[0]] = resized.movedim(1, -1).contiguous()
+    for key in whole:
+        table = F.interpolate(state[key].T[None], 2 * grid - 1, mode="linear")  # (1, C, rows)
+        found[key] = table[0].T.contiguous()
+    return found
+
+
 def _depths(state: Mapping[str, Tensor], pattern: str) -> dict[str, int]:
     """For every head, the last place in its list."""
     found: dict[str, int] = {}

@@ -7,6 +7,7 @@ Chen et al. 2022, AdaptFormer, arXiv:2205.13535
 Steitz and Roth 2024, Adapters Strike Back (Adapter+), arXiv:2406.06820
 
     y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential), x (parallel) or the residual stream
+    x + s·(act(x·Dᵀ + b_d)·Uᵀ + b_u)    at the `in` port, before a branch
 
 with a LayerNorm on z or on the change, and s a number, a trained number or one a channel. While
 training, a row's whole change is dropped with a probability (stochastic depth, Adapter+). U and
@@ -59,6 +60,13 @@ class BottleneckLayer(Layer):
                 f"a parallel Bottleneck reads the input of {site.name}, which is not made of features",
                 'use placement="sequential" there',
             )
+        entering = site.port == "in"
+        if entering and adapter.placement != "sequential":
+            raise AdapterError(
+                f"a Bottleneck before {site.name.rpartition(':')[0]} reads and changes its input, and "
+                f"placement is {adapter.placement!r}",
+                'use placement="sequential" there, or the `out` port',
+            )
         if self.parallel:
             require_aligned(site, "a parallel Bottleneck")
         self.activation = adapter.activation
@@ -66,12 +74,13 @@ class BottleneckLayer(Layer):
         self.drop_path = float(adapter.drop_path)
         self.norm = adapter.norm
         self.axis = channel_axis(site.span.layout)
-        channels = site.width_in if self.parallel else site.width
+        channels = site.width_in if self.parallel or entering else site.width
+        outputs = site.width_in if entering else site.width
         width = adapter.width_of(channels)
         self.down = empty(site, width, channels)
         self.down_bias = empty(site, width)
-        self.up = empty(site, site.width, width)
-        self.up_bias = empty(site, site.width)
+        self.up = empty(site, outputs, width)
+        self.up_bias = empty(site, outputs)
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)
         if adapter.start == "houlsby":
@@ -83,19 +92,24 @@ class BottleneckLayer(Layer):
         self.scale: Tensor | float = float(adapter.scale)
         if adapter.scale_kind != "fixed":
             del self.scale
-            self.scale = empty(site, *(() if adapter.scale_kind == "learned" else (site.width,)))
+            self.scale = empty(site, *(() if adapter.scale_kind == "learned" else (outputs,)))
             nn.init.constant_(self.scale, adapter.scale)
         if self.norm != "none":
-            normed = channels if self.norm == "before" else site.width
+            normed = channels if self.norm == "before" else outputs
             self.norm_weight, self.norm_bias = empty(site, normed), empty(site, normed)
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
 
+    def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        return self._added(x, x)
+
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         if self.taps:
-            z = context.read(site.taps["residual"])
-        else:
-            z = x if self.parallel else y
+            return self._added(acc, context.read(site.taps["residual"]))
+        return self._added(acc, x if self.parallel else y)
+
+    def _added(self, acc: Tensor, z: Tensor) -> Tensor:
+        """acc plus the change that is read from z."""
         if self.axis != -1:
             z = z.movedim(self.axis, -1)
         if self.norm == "before":

@@ -6,7 +6,8 @@ arXiv:2309.08842
     x + gelu(conv(norm(x)·Dᵀ))·Uᵀ
 
 conv takes adjacent slices at one position, its zeros standing before the first slice of a volume and
-behind the last. U starts at zero; D and the kernel are drawn as torch draws theirs.
+behind the last. U starts at zero; D and the kernel are drawn as torch draws theirs. The second place is
+the stream between attention and MLP: x there is r + a, the residual and what the attention gives.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmadapt.core.layer import Layer, empty, fill_uniform
-from mmadapt.errors import AdapterError, CheckError
+from mmadapt.core.layer import Layer, empty, fill_uniform, require_aligned
+from mmadapt.errors import AdapterError, CheckError, SiteError
 from mmadapt.ops.reference import channel_axis, layer_norm, linear
-from mmadapt.ops.volume import through_depth
+from mmadapt.ops.volume import from_windows, through_depth, windows
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
     from mmadapt.adapter import ConvDepth
     from mmadapt.core.context import Context
     from mmadapt.core.site import SiteView
+
+
+def layer_at(adapter: ConvDepth, site: SiteView, generator: torch.Generator) -> Layer:
+    """What MA-SAM has at a site: behind an attention the second of its adapters, where it is wanted."""
+    if adapter.second and site.role.endswith(".attn"):
+        return BetweenLayer(adapter, site, generator)
+    return ConvDepthLayer(adapter, site, generator)
 
 
 class ConvDepthLayer(Layer):
@@ -41,12 +49,7 @@ class ConvDepthLayer(Layer):
 
     def __init__(self, adapter: ConvDepth, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
-        if site.span.rows != "one" or site.span.layout in ("BD", "BK"):
-            raise AdapterError(
-                f"ConvDepth needs one row for every slice, and {site.name} has "
-                + ("windows or prompts" if site.span.rows != "one" else "no positions"),
-                "choose a site such as 'vision.layers[*]' or 'vision.layers[*].mlp'",
-            )
+        self._check(site)
         channels = site.width_in if site.port == "in" else site.width
         width, taps = adapter.width, adapter.kernel
         self.axis = channel_axis(site.span.layout)
@@ -62,6 +65,14 @@ class ConvDepthLayer(Layer):
         fill_uniform(self.kernel, 1 / math.sqrt(taps * width), generator)
         nn.init.zeros_(self.kernel_bias)
         nn.init.zeros_(self.up)
+
+    def _check(self, site: SiteView) -> None:
+        if site.span.rows != "one" or site.span.layout in ("BD", "BK"):
+            raise AdapterError(
+                f"ConvDepth needs one row for every slice, and {site.name} has "
+                + ("windows or prompts" if site.span.rows != "one" else "no positions"),
+                "choose a site such as 'vision.layers[*]' or 'vision.layers[*].mlp'",
+            )
 
     def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
         return x + self._change(x, slices(context, x.shape[0], site))
@@ -79,6 +90,27 @@ class ConvDepthLayer(Layer):
 
     def _bias(self, hidden: Tensor) -> Tensor:
         return self.kernel_bias.to(hidden.dtype)
+
+
+class BetweenLayer(ConvDepthLayer):
+    """The same on the residual stream behind an attention, whose output may be windows of the grid."""
+
+    taps = ("residual",)
+
+    def _check(self, site: SiteView) -> None:
+        if site.span.layout != "BHWC" or not site.role.startswith("vision."):
+            raise SiteError(
+                f"ConvDepth(second=True) reads a grid of image tokens (BHWC), and {site.name} gives "
+                f"{site.span.layout}",
+                "attach it to a SAM, or leave second out",
+            )
+        require_aligned(site, "ConvDepth(second=True)")
+
+    def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
+        residual = context.read(site.taps["residual"])  # the whole grid, (B·D, H, W, C)
+        stream = residual + from_windows(y, *residual.shape[1:3])
+        change = self._change(stream, slices(context, residual.shape[0], site))
+        return acc + windows(change, *y.shape[1:3])
 
 
 def slices(context: Context, rows: int, site: SiteView) -> int:

@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 
 def layer_at(adapter: MedSA, site: SiteView, generator: torch.Generator) -> Layer:
     """What Med-SA has at a site: it depends on the role."""
+    tower, word = site.role.partition(".")[0], site.role.rpartition(".")[2]
+    if adapter.relative_positions == "zero" and word in ("rel_h", "rel_w"):
+        return WithoutLayer()
     if site.port == "weight":
         return UnlockLayer(Unlock(), site, generator)
-    tower, word = site.role.partition(".")[0], site.role.rpartition(".")[2]
     if tower == "vision" and site.span.layout != "BHWC":
         raise SiteError(
             f"MedSA reads a grid of image tokens (BHWC), and {site.name} gives {site.span.layout}",
@@ -79,6 +81,16 @@ def _draw(layer: Layer, generator: torch.Generator) -> None:
             bound = 1 / math.sqrt(tensor.shape[-1])
             fill_uniform(tensor, bound, generator)
             fill_uniform(tensors[f"{name}_bias"], bound, generator)
+
+
+class WithoutLayer(Layer):
+    """Zeros in place of a tensor of the backbone. No parameters."""
+
+    additive = False
+    why_not_merge = "a checkpoint would lose the backbone's own tensor"
+
+    def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
+        return torch.zeros_like(weight)
 
 
 class SpaceDepthLayer(Layer):

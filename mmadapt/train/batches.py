@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.check import tensors_in
 from mmadapt.errors import DataError
 from mmadapt.train.chance import random_state, set_random_state
 
@@ -268,19 +269,6 @@ def _divided(data: Any) -> bool:
     return type(data).__module__.startswith("accelerate.") or any(
         isinstance(sampler, DistributedSampler) for sampler in _samplers(data)
     )
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a batch, however it is built of mappings, tuples and lists."""
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in tensors_in(part)]
-    return []
 
 
 def on_device(value: Any, device: Any) -> Any:

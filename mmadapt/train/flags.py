@@ -43,7 +43,8 @@ class train_mode:
             self._set()
 
     def __enter__(self) -> None:
-        from mmadapt.core.bank import bank_of, first_before
+        from mmadapt.core.bank import bank_of
+        from mmadapt.core.compiled import first_before
 
         if bank_of(self._model) is not None:
             self._handle = first_before(self._model, self._hold)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmadapt.core.bank import bank_of
+from mmadapt.core.check import tensors_in
 from mmadapt.core.table import shape_of
 from mmadapt.errors import MmadaptError
-from mmadapt.train.batches import tensors_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ def out_of_memory(
     error: BaseException, model: nn.Module, batch: Any, step: int, accumulate: int, autocast: Any
 ) -> OutOfMemoryError:
     """The same failure with the batch's size, the memory in use and the ways out."""
-    tensors = tensors_in(batch)
+    tensors = list(tensors_in(batch))
     rows = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
     ways = []
     if rows > 1:

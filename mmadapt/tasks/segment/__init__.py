@@ -12,9 +12,12 @@ volume = sam.predict(stack, points=[(120, 80)], labels=[1]).masks
 print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)], miss=0.0))
 """
 
+from mmadapt.tasks.segment.automatic import AutoPrompted, dense_points
 from mmadapt.tasks.segment.clicks import boxes_around, click_on_error, first_clicks, shared_clicks
+from mmadapt.tasks.segment.coarse import CoarseMask, coarse_loss
 from mmadapt.tasks.segment.figure import before_after, overlay, slices
-from mmadapt.tasks.segment.images import WINDOWS, check_image, check_stack, window
+from mmadapt.tasks.segment.images import check_image, check_stack
+from mmadapt.tasks.segment.intensity import PERCENTILES, WINDOWS, intensity_range, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
     Summary,
@@ -28,7 +31,10 @@ from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
 
 __all__ = [
+    "PERCENTILES",
     "WINDOWS",
+    "AutoPrompted",
+    "CoarseMask",
     "Encoded",
     "Masks",
     "PromptedLoss",
@@ -41,13 +47,16 @@ __all__ = [
     "check_prompts",
     "check_stack",
     "click_on_error",
+    "coarse_loss",
     "decode",
     "decoder_sites",
+    "dense_points",
     "dice",
     "dice_cross_entropy",
     "embed",
     "first_clicks",
     "hausdorff",
+    "intensity_range",
     "overlay",
     "shared_clicks",
     "slices",

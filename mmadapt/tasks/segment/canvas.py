@@ -49,19 +49,25 @@ def draw(
         outline(axes, mask, colour, "-")
 
 
-def outline(axes: Any, mask: numpy.ndarray, colour: str, style: str, behind: str = "") -> None:
+def outline(
+    axes: Any,
+    mask: numpy.ndarray,
+    colour: str,
+    style: str,
+    behind: str = "",
+    width: float = 1.4,
+) -> None:
     """Along the edges of the mask's pixels, also where the picture ends."""
     if not mask.any():
         return
     wide = numpy.repeat(numpy.repeat(numpy.pad(mask, 1), 4, 0), 4, 1)
     places = [(numpy.arange(4 * n) + 0.5) / 4 - 1.5 for n in numpy.array(mask.shape) + 2]
-    height, width = mask.shape
-    for line, kind, thick in ((behind, "-", 2.2), (colour, style, 1.4)):
+    for line, kind, thick in ((behind, "-", 1.6 * width), (colour, style, width)):
         if line:
             axes.contour(
                 *places[::-1], wide, [0.5], colors=[line], linestyles=[kind], linewidths=[thick]
             )
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))
 
 
 def prompts(

@@ -50,6 +50,7 @@ def overlay(
 def slices(
     volume: Any,
     masks: Any = None,
+    truth: Any = None,
     spacing: Sequence[float] | None = None,
     prompted: int | None = None,
     points: Any = None,
@@ -62,7 +63,7 @@ def slices(
     """Slices of a stack side by side, with masks, as a matplotlib figure.
 
     The volume is (D, H, W) of any numbers, on one scale from black to white, or (D, H, W, 3) uint8;
-    masks are (D, H, W) or (K, D, H, W). `spacing` is mm along (D, H, W): pixels then have their true
+    masks are (D, H, W) or (K, D, H, W), and the truth (D, H, W) is a dashed outline. `spacing` is mm along (D, H, W): pixels then have their true
     aspect, and titles say where a slice lies. Points, labels and box are those of the slice
     `prompted`, which is always among the `count` slices shown, evenly spaced, and has a frame.
     """
@@ -74,6 +75,7 @@ def slices(
         )
     pictures = [_picture(one) for one in stack]
     several = _stack(masks, stack.shape[:3], "a volume")
+    dashed = _stack(truth, stack.shape[:3], "a volume")
     _check_names(names, len(several), "masks")
     depth, height, width = stack.shape[:3]
     given = not (points is None and labels is None and box is None)
@@ -88,6 +90,8 @@ def slices(
     limits = _range(stack) if stack.ndim == 3 else None
     for axes, place in zip((a for row in grid for a in row), shown, strict=False):
         canvas.draw(axes, pictures[place], several[:, place], limits, aspect)
+        for own in dashed[:, place]:
+            canvas.outline(axes, own, "white", "--", behind="black", width=1.0)
         where = "" if spacing is None else f" · {place * step[0]:g} mm"
         axes.set_title(f"slice {place}{where}", fontsize=8, pad=3)
         if place == prompted:

@@ -6,46 +6,8 @@ from typing import Any
 
 import numpy
 
-from mmadapt.errors import DataError, did_you_mean
-
-#: intensity windows (low, high) by name; of computed tomography in Hounsfield units
-WINDOWS: dict[str, tuple[float, float]] = {
-    "ct soft tissue": (-160.0, 240.0),
-    "ct abdomen": (-175.0, 250.0),
-    "ct kidney": (-54.0, 247.0),
-    "ct lung": (-1000.0, 400.0),
-    "ct bone": (-450.0, 1050.0),
-}
-
-
-def window(
-    image: Any, low: float | str, high: float | None = None, nan: float | None = None
-) -> numpy.ndarray:
-    """Values from `low` to `high` as uint8 from 0 to 255, the rest cut off; any shape, any byte order.
-
-    `low` may be a name in `WINDOWS`. `nan` is what stands for values that are no number, which are
-    refused otherwise.
-    """
-    if isinstance(low, str):
-        if low not in WINDOWS:
-            raise DataError(f"no window is named {low!r}", did_you_mean(low, WINDOWS))
-        low, high = WINDOWS[low]
-    if high is None or not low < high:
-        raise DataError(f"the window goes from {low!r} to {high!r}, which is no range")
-    values = numpy.asarray(image).astype(numpy.float64)
-    _check_finite(values, nan)
-    values = numpy.nan_to_num(values, nan=low if nan is None else nan, posinf=high, neginf=low)
-    return numpy.rint((values.clip(low, high) - low) * (255.0 / (high - low))).astype(numpy.uint8)
-
-
-def _check_finite(values: numpy.ndarray, nan: float | None) -> None:
-    missing = numpy.isnan(values)
-    if nan is None and missing.any():
-        first = tuple(int(i) for i in numpy.argwhere(missing)[0])
-        raise DataError(
-            f"{int(missing.sum())} of {values.size} values are not numbers, the first at {first}",
-            "window(image, low, high, nan=low) puts a value in their place",
-        )
+from mmadapt.errors import DataError
+from mmadapt.tasks.segment.intensity import WINDOWS, check_finite
 
 
 def check_image(image: Any, grey: bool = False) -> numpy.ndarray:
@@ -58,7 +20,7 @@ def check_image(image: Any, grey: bool = False) -> numpy.ndarray:
     if array.dtype.kind not in "buif" or array.size == 0:
         raise DataError(f"an image of shape {shape} and type {array.dtype} has no pixels")
     if array.dtype.kind == "f":
-        _check_finite(array, None)
+        check_finite(array)
         raise DataError(
             f"the image holds {array.dtype} values from {array.min():g} to {array.max():g}, expected "
             "uint8 from 0 to 255",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +37,11 @@ def hausdorff(
     p, t = _masks(prediction, truth)
     if not p.any() or not t.any():
         return far if p.any() or t.any() else 0.0
-    found = _monai().compute_hausdorff_distance(
-        _rows(p),
-        _rows(t),
-        include_background=True,
-        percentile=percentile,
-        spacing=_spacing(p, spacing),
-    )
+    compute, lengths = _monai().compute_hausdorff_distance, _spacing(p, spacing)
+    with _unheeded():
+        found = compute(
+            _rows(p), _rows(t), include_background=True, percentile=percentile, spacing=lengths
+        )
     return float(found)
 
 
@@ -55,9 +55,9 @@ def surface_dice(
     p, t = _masks(prediction, truth)
     if not p.any() or not t.any():
         return float(not (p.any() or t.any()))
-    found = _monai().compute_surface_dice(
-        _rows(p), _rows(t), [tolerance], include_background=True, spacing=_spacing(p, spacing)
-    )
+    compute, lengths = _monai().compute_surface_dice, _spacing(p, spacing)
+    with _unheeded():
+        found = compute(_rows(p), _rows(t), [tolerance], include_background=True, spacing=lengths)
     return float(found)
 
 
@@ -116,6 +116,14 @@ def _spacing(mask: numpy.ndarray, spacing: Sequence[float] | None) -> list[float
             f"spacing is {spacing!r} for a mask {mask.shape}, expected {mask.ndim} lengths above 0"
         )
     return values
+
+
+@contextlib.contextmanager
+def _unheeded() -> Iterator[None]:
+    """Without what one part of MONAI warns another part of; its callers cannot heed it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+        yield
 
 
 def _monai() -> Any:

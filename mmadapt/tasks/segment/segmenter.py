@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment.images import check_image, check_stack
-from mmadapt.tasks.segment.model import decode, embed, sam_kind, sides
+from mmadapt.tasks.segment.model import decode, embed, sam_kind, sides, stretches
 from mmadapt.tasks.segment.prompts import check_prompts, per_slice
 
 #: of the RGB images SAM was trained on
@@ -57,10 +57,10 @@ class Masks:
 
 
 class Segmenter:
-    """Images in, masks out, for transformers' `SamModel` and segment_anything's `Sam`.
+    """Images in, masks out, for transformers' `SamModel`, `Sam2Model` and segment_anything's `Sam`.
 
     An image is resized so that its longer side fills the model's square, and padded at the right and
-    at the bottom. Prompts are in the image's own pixels.
+    at the bottom; for SAM 2 it is stretched to the square. Prompts are in the image's own pixels.
 
         sam = segment.Segmenter(model)
         image = sam.encode(pixels)
@@ -79,6 +79,8 @@ class Segmenter:
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width in the square of an image (height, width)."""
+        if stretches(self.model):
+            return self.side, self.side
         scale = self.side / max(size)
         return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 

@@ -1,0 +1,220 @@
+"""Any2Point: from a cloud of points to tokens, and from tokens to classes.
+
+Tang et al. 2024, arXiv:2404.07989; its tokenizer is Point-PN's (Zhang et al. 2023, Parameter is Not All
+You Need, arXiv:2303.08134):
+
+    three times: half of the centres, their neighbours, [neighbour ‖ centre] + waves of what lies
+    between, pairs of 1 × 1 convolutions around which it goes as well, the maximum of the neighbours
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.errors import AdapterError, DataError
+from mmadapt.methods.any2point import EPSILON, MOMENTUM
+from mmadapt.ops.points import (
+    farthest_points,
+    neighbours,
+    pick,
+    positions_at,
+    projected,
+    together,
+    waves,
+)
+from mmadapt.ops.reference import linear
+
+if TYPE_CHECKING:
+    from mmadapt.adapter import Any2Point
+    from mmadapt.core.context import Context
+    from mmadapt.core.parts import PatchPositions
+    from mmadapt.core.site import SiteView
+
+#: pairs of convolutions in each of the three rounds
+PAIRS = (2, 1, 1)
+
+
+class PointTokens(Layer):
+    """Clouds (B, N, 3) to a class token and tokens (B, 1 + T, C).
+
+    Parameters: stem (C / 8, 3); for every pair of convolutions down and up with biases; a batch norm
+    (scale, shift, and the buffers mean and variance) behind each; first and first_position (C,).
+    """
+
+    additive = False
+    why_not_merge = "it takes points where the backbone takes images"
+
+    def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
+        super().__init__()
+        width = site.width
+        if width % 8:
+            raise AdapterError(f"Any2Point: {width} channels are no multiple of 8")
+        self.tokens, self.count = adapter.tokens, adapter.neighbours
+        self.distance, self.voxel, self.cell = adapter.distance, adapter.voxel, adapter.cell
+        self._weight(site, generator, "stem", width // 8, 3, bias=False)
+        for place, (outputs, pairs) in enumerate(zip((4, 2, 1), PAIRS, strict=True)):
+            channels = width // outputs
+            inner = adapter.neck if place == len(PAIRS) - 1 else channels // 2
+            for pair in range(pairs):
+                self._weight(site, generator, f"round{place}_down{pair}", inner, channels)
+                self._weight(site, generator, f"round{place}_up{pair}", channels, inner)
+        self.first, self.first_position = empty(site, width), empty(site, width)
+        for tensor in (self.first, self.first_position):
+            fill_normal(tensor, 0.02, generator)
+
+    def _weight(
+        self,
+        site: SiteView,
+        generator: torch.Generator,
+        name: str,
+        outputs: int,
+        inputs: int,
+        bias: bool = True,
+    ) -> None:
+        """Register a 1 × 1 convolution drawn as torch draws its own, and the batch norm behind it."""
+        for each, shape in ((name, (outputs, inputs)), (f"{name}_bias", (outputs,))):
+            if bias or each == name:
+                tensor = empty(site, *shape)
+                fill_uniform(tensor, 1 / math.sqrt(inputs), generator)
+                self.register_parameter(each, tensor)
+        for word, start in (("scale", 1.0), ("shift", 0.0)):
+            tensor = empty(site, outputs)
+            nn.init.constant_(tensor, start)
+            self.register_parameter(f"{name}_{word}", tensor)
+            kept = torch.full_like(tensor, start, requires_grad=False)
+            self.register_buffer(f"{name}_{'variance' if start else 'mean'}", kept)
+
+    def around(
+        self,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        context: Context,
+        site: SiteView,
+    ) -> Tensor:
+        points = args[0] if args else next(iter(kwargs.values()))
+        check_cloud(points, 4 * self.tokens)
+        parts: PatchPositions = site.span.parts(site.module)  # type: ignore[misc]
+        dtype = points.dtype
+        centres, tokens = self._tokens(points.to(self.first.dtype))
+        height, width = parts.size
+        places = projected(centres, -self.distance, height, width)  # (B, 6, T, 2)
+        positions = positions_at(parts.grid, places, height, width).mean(1)
+        own = self.first_position.to(positions.dtype).expand(len(points), 1, -1)
+        side = places.new_tensor([width / parts.grid.shape[1], height / parts.grid.shape[0]])
+        context.tell(
+            cloud={
+                "positions": torch.cat([own, positions], 1),
+                "near": together((centres / self.voxel).floor()),
+                "cells": together((places / (self.cell * side)).floor()),
+            }
+        )
+        first = self.first.to(tokens.dtype).expand(len(points), 1, -1)
+        return torch.cat([first, tokens], 1).to(dtype)
+
+    def _tokens(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres (B, T, 3) and their features (B, T, C)."""
+        features = F.relu(self._convolved(points, "stem"))
+        for place, pairs in enumerate(PAIRS):
+            chosen = farthest_points(points, self.tokens * 2 ** (len(PAIRS) - 1 - place))
+            centres = pick(points, chosen)
+            near = neighbours(centres, points, min(self.count, points.shape[1]))
+            between = pick(points, near) - centres[:, :, None]  # (B, M, k, 3)
+            between = between / between.abs().amax((2, 3), keepdim=True).clamp(min=1e-6)
+            own = pick(features, chosen)[:, :, None].expand(-1, -1, near.shape[2], -1)
+            z = torch.cat([pick(features, near), own], -1)
+            z = z + waves(between, z.shape[-1]).to(z.dtype)
+            for pair in range(pairs):
+                inner = F.relu(self._convolved(z, f"round{place}_down{pair}"))
+                z = F.relu(z + self._convolved(inner, f"round{place}_up{pair}"))
+            points, features = centres, z.amax(2)
+        return points, features
+
+    def _convolved(self, z: Tensor, name: str) -> Tensor:
+        """A 1 × 1 convolution and its batch norm, over the last axis."""
+        held = {**self._parameters, **self._buffers}
+        found = linear(z, self.get_parameter(name), held.get(f"{name}_bias"))
+        normed = F.batch_norm(
+            found.flatten(0, -2),
+            held[f"{name}_mean"],
+            held[f"{name}_variance"],
+            held[f"{name}_scale"],
+            held[f"{name}_shift"],
+            self.training,
+            MOMENTUM,
+            EPSILON,
+        )
+        return normed.view_as(found)
+
+
+class CloudHead(Layer):
+    """The model's own call, which gives classes of clouds.
+
+    Parameters: one (H, 2·C), two (H, H) and three (classes, H), with biases.
+    """
+
+    additive = False
+    taps = ("tokens",)
+    why_not_merge = "it gives classes where the backbone gives tokens"
+
+    def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
+        super().__init__()
+        assert adapter.classes is not None  # else there is no such site
+        wide = adapter.head_width
+        shapes = {
+            "one": (wide, 2 * site.width),
+            "two": (wide, wide),
+            "three": (adapter.classes, wide),
+        }
+        for name, (outputs, inputs) in shapes.items():
+            for each, shape in ((name, (outputs, inputs)), (f"{name}_bias", (outputs,))):
+                tensor = empty(site, *shape)
+                fill_uniform(tensor, 1 / math.sqrt(inputs), generator)
+                self.register_parameter(each, tensor)
+
+    def around(
+        self,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        context: Context,
+        site: SiteView,
+    ) -> Tensor:
+        call(*args, **kwargs)
+        tokens = context.read(site.taps["tokens"])  # behind the backbone's last norm
+        z = torch.cat([tokens[:, 1:].amax(1), tokens[:, 0]], -1)
+        for name in ("one", "two", "three"):
+            z = linear(z, self.get_parameter(name), self.get_parameter(f"{name}_bias"))
+            z = z if name == "three" else F.relu(z)
+        return z
+
+
+def check_cloud(points: Any, least: int) -> None:
+    """Refuse what is no batch of clouds, or too small ones."""
+    if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != 3:
+        seen = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
+        raise DataError(
+            f"pixel_values are {seen}, expected clouds of points (B, N, 3)",
+            "cloud[None] adds the batch axis; for images: with mmadapt.disabled(model): …",
+        )
+    if not points.is_floating_point() or points.shape[1] < least:
+        raise DataError(
+            f"clouds of {points.shape[1]} points of {points.dtype}, expected at least {least} of a "
+            "floating-point type",
+            "sample more points, or attach Any2Point with fewer tokens=",
+        )
+    if torch.compiler.is_compiling():  # values cannot be looked at
+        return
+    farthest = float(points.detach().norm(dim=-1).max())
+    if not farthest < 1.5:  # a NaN fails too
+        raise DataError(
+            f"a point lies {farthest:.3g} from the origin, expected clouds within the unit ball",
+            "points - points.mean(1, keepdim=True), divided by the largest distance that leaves",
+        )
