@@ -133,6 +133,8 @@ def table(known: dict[str, Any], part: str) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     seeds, size = finished(known, part), known["settings"][part]
+    if not seeds:
+        return "Not run yet; `python benchmarks/segment_shift.py` does."
     rows = [row for row in known["rows"] if row["part"] == part and row["seed"] in seeds]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]

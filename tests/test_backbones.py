@@ -145,6 +145,8 @@ def test_every_site_and_tap_fires_with_the_widths_the_table_says(name: str) -> N
         )
     outputs(name, model)
     for role, span in roles.items():
+        if span.ports == ("around",):  # a whole part, which has no one input and output
+            continue
         assert span.module in seen, role
         args, kwargs, output = seen[span.module]
         view = anatomy.view(model, role, span.ports[0], span)
@@ -324,6 +326,7 @@ def test_a_branch_may_read_the_stream_its_norm_has_not_seen(name: str, word: str
 def test_a_relative_adapts_trains_saves_and_leaves(name: str, tmp_path: Path) -> None:
     tiny = RELATIVES[name]
     model = tiny.fresh()
+    outputs(name, model)  # some hang hooks of their own into their first forward pass
     tables, before = hook_tables(model), values(model)
     tower = next(iter(find_anatomy(model).towers))
     block = f"{tower}.layers[*]"

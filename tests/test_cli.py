@@ -71,12 +71,12 @@ def test_the_demo_of_volumes_from_end_to_end(tmp_path):
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["results"]}
     dice = {method: sum(row["dice"]) / len(row["dice"]) for method, row in rows.items()}
-    assert dice["ConvDepth"] > dice["best fixed ellipsoid"] + 0.1
-    assert dice["Bottleneck"] > dice["frozen"] + 0.1
+    assert dice["MedSA, with depth"] > dice["best fixed ellipsoid"] + 0.1
+    assert dice["MedSA, slice by slice"] > dice["frozen"] + 0.1
     for row in rows.values():  # taken away, an adapter leaves no trace
         assert row["source_off"] in ({}, rows["frozen"]["source_on"])
     kept = float(re.search(r"adapter: .* Dice ([\d.]+)", done.stdout)[1])
-    assert kept == pytest.approx(dice["ConvDepth"], abs=1e-4)
+    assert kept == pytest.approx(dice["MedSA, with depth"], abs=1e-4)
     assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["volumes"] == 12
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "best fixed ellipsoid" in page

@@ -68,10 +68,10 @@ def test_tiny_sam_finds_things_it_has_not_seen():
     from mmadapt.tasks.segment.compare import source_overlap
 
     metrics = mm.zoo.entry("tiny/sam").metrics
-    assert metrics["n"] >= 1000 and metrics["iou"]["seen"]["box"] > 0.82
-    assert metrics["iou"]["held_out_shapes"]["box"] > 0.79
+    assert metrics["n"] >= 1000 and metrics["iou"]["seen"]["box"] > 0.85
+    assert metrics["iou"]["held_out_shapes"]["box"] > 0.82
     found = source_overlap(mm.load("tiny/sam"), count=64, seed=5)
-    assert found["box"] > 0.77 and found["point"] > 0.67
+    assert found["box"] > 0.8 and found["point"] > 0.75
 
 
 def test_a_folder_loads_as_well_as_a_name():

@@ -35,7 +35,7 @@ from mmadapt.tasks.segment.compare import (
 from mmadapt.train.cache import data_digest
 
 BACKBONE = "tiny/sam"
-FLAT, KEPT = "Bottleneck", "ConvDepth"
+FLAT, KEPT = "MedSA, slice by slice", "MedSA, with depth"
 TEST_VOLUMES = 24
 STEPS, BATCH = 110, 2
 SCENES = 64  # of those the backbone knows
@@ -169,7 +169,7 @@ def _report(
     )
     page.heading("The adapter that was kept")
     page.table(attachment.summary())
-    page.figure(loss_figure({KEPT: history.losses}), "Training loss.")
+    page.figure(loss_figure({KEPT: history.losses}, "Dice + cross-entropy"), "Training loss.")
     gains = np.array(score_dice(after, test)) - np.array(score_dice(before, test))
     order = np.argsort(gains)
     chosen = [int(order[-1]), int(order[len(order) // 2]), int(order[0])]

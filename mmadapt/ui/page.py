@@ -88,8 +88,8 @@ def image_grid(images: Any, captions: Any, columns: int = 8, title: str = "") ->
     return figure
 
 
-def loss_figure(losses: dict[str, list[float]]) -> Any:
-    """Training loss over steps, a line a name."""
+def loss_figure(losses: dict[str, list[float]], label: str = "cross-entropy") -> Any:
+    """Training loss over steps, a line a name; `label` says what it is."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3), layout="constrained")
@@ -97,7 +97,7 @@ def loss_figure(losses: dict[str, list[float]]) -> Any:
     for name, values in losses.items():
         axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1)
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy")
+    axes.set_ylabel(label)
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -26,8 +26,8 @@ from mmadapt.tasks.segment.segmenter import DEVIATION, MEAN
 
 SEED = 0
 BATCH = 16
-STEPS = 3300
-HORIZON, COOL_DOWN = 15 / 11, 8 / 33  # of the steps: a longer cosine, cut short by a linear end
+STEPS = 7000
+HORIZON, COOL_DOWN = 12273, 2000  # steps: a longer cosine, cut short by a linear end
 PEAK_LEARNING_RATE = 1.2e-3
 SMALL = {"scale": (0.5, 1.0), "least": 150}  # until the rate cools down, smaller things are shown
 
@@ -105,10 +105,8 @@ class Training(Run):
 
     def __init__(self, steps: int) -> None:
         torch.manual_seed(SEED)
-        horizon, cool_down = round(steps * HORIZON), round(steps * COOL_DOWN)
-        super().__init__(
-            {"model": build_model()}, steps, PEAK_LEARNING_RATE, SEED, horizon, cool_down
-        )
+        modules = {"model": build_model()}
+        super().__init__(modules, steps, PEAK_LEARNING_RATE, SEED, HORIZON, COOL_DOWN)
 
     def losses(self) -> dict[str, Tensor]:
         early = self.step < self.steps - self.cool_down
