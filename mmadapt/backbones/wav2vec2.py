@@ -14,6 +14,7 @@ Batches of equal lengths, or of one clip, are exact with both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mmadapt.backbones.audio import in_rows
@@ -24,6 +25,7 @@ from mmadapt.backbones.blocks import (
     logits,
     norm,
     norms,
+    patches,
     text_mask,
     with_prefix,
 )
@@ -97,17 +99,8 @@ def _read(prefix: str, path: str, names: dict[str, str]) -> dict[str, Span]:
 
 
 def _convolution(path: str) -> Span:
-    weight = f"{path}.weight"
-    return Span(
-        path,
-        ("out", "weight"),
-        x="0|input",
-        channels=f"{weight}@0",
-        channels_in=f"{weight}@1",
-        layout="BCT",
-        weight=weight,
-        aligned=False,
-    )
+    """Of the front end, along time; the frames behind it are fewer than those before."""
+    return replace(patches(path), layout="BCT", aligned=False)
 
 
 def _ends(path: str, layout: str, model: Any) -> dict[str, Span]:

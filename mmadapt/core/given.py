@@ -45,10 +45,15 @@ def context(m: Any, *, rows: Sequence[str | None] | None = None, **facts: Any) -
             forwards.given, forwards.context = before
 
 
-def _check_facts(bank: Bank, facts: dict[str, Any]) -> None:
-    asked = {
+def asked_facts(bank: Bank) -> set[str]:
+    """The facts that attached layers ask for, active or not."""
+    return {
         fact for name in bank.records for _, layer in bank.layers_of(name) for fact in layer.facts
     }
+
+
+def _check_facts(bank: Bank, facts: dict[str, Any]) -> None:
+    asked = asked_facts(bank)
     for fact in facts:
         if fact not in asked:
             raise AttachError(

@@ -9,7 +9,6 @@ You Need, arXiv:2303.08134):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
+from mmadapt.core.layer import empty, fill_normal
 from mmadapt.errors import AdapterError, DataError
 from mmadapt.methods.any2point import EPSILON, MOMENTUM
+from mmadapt.methods.drawn import Drawn
 from mmadapt.ops.points import (
     farthest_points,
     neighbours,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 PAIRS = (2, 1, 1)
 
 
-class PointTokens(Layer):
+class PointTokens(Drawn):
     """Clouds (B, N, 3) to a class token and tokens (B, 1 + T, C).
 
     Parameters: stem (C / 8, 3); for every pair of convolutions down and up with biases; a batch norm
@@ -79,11 +79,7 @@ class PointTokens(Layer):
         bias: bool = True,
     ) -> None:
         """Register a 1 × 1 convolution drawn as torch draws its own, and the batch norm behind it."""
-        for each, shape in ((name, (outputs, inputs)), (f"{name}_bias", (outputs,))):
-            if bias or each == name:
-                tensor = empty(site, *shape)
-                fill_uniform(tensor, 1 / math.sqrt(inputs), generator)
-                self.register_parameter(each, tensor)
+        self.draw(site, generator, name, (outputs, inputs), bias=bias)
         for word, start in (("scale", 1.0), ("shift", 0.0)):
             tensor = empty(site, outputs)
             nn.init.constant_(tensor, start)
@@ -154,7 +150,7 @@ class PointTokens(Layer):
         return normed.view_as(found)
 
 
-class CloudHead(Layer):
+class CloudHead(Drawn):
     """The model's own call, which gives classes of clouds.
 
     Parameters: one (H, 2·C), two (H, H) and three (classes, H), with biases.
@@ -173,11 +169,8 @@ class CloudHead(Layer):
             "two": (wide, wide),
             "three": (adapter.classes, wide),
         }
-        for name, (outputs, inputs) in shapes.items():
-            for each, shape in ((name, (outputs, inputs)), (f"{name}_bias", (outputs,))):
-                tensor = empty(site, *shape)
-                fill_uniform(tensor, 1 / math.sqrt(inputs), generator)
-                self.register_parameter(each, tensor)
+        for name, shape in shapes.items():
+            self.draw(site, generator, name, shape)
 
     def around(
         self,
@@ -191,7 +184,7 @@ class CloudHead(Layer):
         tokens = context.read(site.taps["tokens"])  # behind the backbone's last norm
         z = torch.cat([tokens[:, 1:].amax(1), tokens[:, 0]], -1)
         for name in ("one", "two", "three"):
-            z = linear(z, self.get_parameter(name), self.get_parameter(f"{name}_bias"))
+            z = self.project(z, name)
             z = z if name == "three" else F.relu(z)
         return z
 

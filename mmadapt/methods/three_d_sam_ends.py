@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmadapt.core.layer import empty, fill_normal
 from mmadapt.errors import AdapterError
-from mmadapt.methods.three_d_sam import Drawn
+from mmadapt.methods.drawn import Drawn
 from mmadapt.methods.three_d_sam_inputs import check_volume
 from mmadapt.ops.reference import linear
 from mmadapt.ops.volume import grid_places, places_of, resized_positions, sample

@@ -9,13 +9,12 @@ attributes outside `combinations("seen")` never enter training, from the first s
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+from clip_tokens import CONTEXT_LENGTH, load_tokenizer, write_merges
 from torch import nn
 from torch.nn import functional as F
 from training import Run, train
@@ -42,7 +41,6 @@ VISION_ONLY = 0.12  # of the steps: contrast alone does not get objects going fr
 PEAK_LEARNING_RATE = 1.2e-3
 RECOLOURED = 0.4  # of the images: shows objects in colours that have no name, and in greys
 
-CONTEXT_LENGTH = 20
 OPENINGS = ("", "a photo of ", "an image of ", "a picture of ")
 TEMPLATES = ("a photo of a {}", "an image of a {}", "a picture of the {}", "a {}")
 MEAN, DEVIATION = 0.5, 0.25
@@ -52,42 +50,6 @@ VISION = {
 }  # fmt: skip
 TEXT = {"context_length": CONTEXT_LENGTH, "width": 96, "heads": 3, "layers": 2}
 EMBEDDING = 128
-
-
-# Tokenizer
-
-
-def caption_words() -> list[str]:
-    """Every word that a caption may hold."""
-    words = ["a", "an", "the", "photo", "image", "picture", "of", "on", "background", "digit"]
-    words += [*COLOURS, *PATTERNS, *OBJECTS]
-    return list(dict.fromkeys(words))
-
-
-def write_merges(path: Path) -> int:
-    """Write byte-pair merges that make each caption word one token; returns the vocabulary size."""
-    merges: list[tuple[str, str]] = []
-    for word in caption_words():
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        while len(symbols) > 1:
-            pairs = list(pairwise(symbols))
-            known = [merges.index(pair) for pair in pairs if pair in merges]
-            # An earlier merge is applied first, as the tokenizer will; else the first pair grows.
-            pair = merges[min(known)] if known else pairs[0]
-            if not known:
-                merges.append(pair)
-            at = pairs.index(pair)
-            symbols[at : at + 2] = ["".join(pair)]
-    text = "\n".join(["#version: mmadapt tiny", *(" ".join(pair) for pair in merges)])
-    with open(path, "wb") as file:  # no time stamp: the same bytes on every run
-        file.write(gzip.compress(text.encode(), mtime=0))
-    return 256 * 2 + len(merges) + 2  # bytes, bytes that end a word, merges, start and end
-
-
-def load_tokenizer(merges: Path):
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer(bpe_path=str(merges), context_length=CONTEXT_LENGTH)
 
 
 # Model

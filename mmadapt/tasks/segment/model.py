@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mmadapt.core.backbone import unwrap, unwrap_model
 from mmadapt.core.bank import bank_of
-from mmadapt.core.given import context
+from mmadapt.core.given import asked_facts, context
 from mmadapt.errors import BackboneError
 
 _KINDS = {
@@ -81,8 +81,7 @@ def _told(model: Any, depth: int | None) -> contextlib.AbstractContextManager[An
     bank = bank_of(model)
     if bank is None or (depth is None and "depth" in bank.forwards.given):
         return contextlib.nullcontext()
-    layers = [layer for name in bank.records for _, layer in bank.layers_of(name)]
-    if not any("depth" in layer.facts for layer in layers):
+    if "depth" not in asked_facts(bank):
         return contextlib.nullcontext()
     return context(model, depth=depth or 1)
 
