@@ -7,6 +7,7 @@ Each scenario leaves FOLDER/scenario-rank.pt with the trained tensors and the lo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +202,6 @@ def fsdp_launched(folder: Path) -> Any:
 
     Its state is told so by hand; what follows is accelerate's and torch's own, over gloo.
     """
-    import os
-
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -252,7 +251,12 @@ def main(folder: Path, *names: str) -> None:
         values = [tensor.detach().clone() for tensor in tensors]
         torch.save({"values": values, "losses": history.losses}, folder / f"{name}-{rank}.pt")
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        # Everything is written. gloo's threads may still hold tensors of Python, and abort the
+        # process when they give them back to an interpreter that is being taken down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
