@@ -121,16 +121,16 @@ def input_kernel(
     centred = u
     if SHIFT:
         u += tl.load(shift + unit, mask=used, other=0.0)[None, :]
-    valid = here[:, None] & used[None, :]
-    du = tl.where(valid, factor * dh * slope(u, ACTIVATION), 0.0)
-    kept = tl.where(valid, activate(u, ACTIVATION), 0.0)
+    held = here[:, None] & used[None, :]
+    du = tl.where(held, factor * dh * slope(u, ACTIVATION), 0.0)
+    kept = tl.where(held, activate(u, ACTIVATION), 0.0)
     if NORM:
         scaled = du * rstd[:, None]
     else:
         scaled = du
     at = place[:, None] * WIDTH + unit[None, :]
-    tl.store(a + at, scaled.to(a.dtype.element_ty), mask=valid)
-    tl.store(h + at, kept.to(h.dtype.element_ty), mask=valid)
+    tl.store(a + at, scaled.to(a.dtype.element_ty), mask=held)
+    tl.store(h + at, kept.to(h.dtype.element_ty), mask=held)
 
     rounded = du.to(down.dtype.element_ty)
     if NORM:

@@ -60,8 +60,8 @@ def _chosen(
     dropout: float,
 ) -> Tensor:
     check(residual, x, norm, down, up)
-    path, _ = choice.choose(case(x, down, up, activation, norm is not None, dropout))
-    if path == "triton":
+    chosen = choice.choose(case(x, down, up, activation, norm is not None, dropout))
+    if chosen.path == "triton":
         tensors = (*(norm or (None, None)), down, down_bias, up, up_bias)
         return _fused(residual, x, tensors, scale, None, activation)
     z = x if norm is None else layer_norm(x, *norm)
@@ -196,7 +196,7 @@ def case(
         training=torch.is_grad_enabled(),
         dropout=dropout,
         last_contiguous=x.stride(-1) == 1,
-        functorch=_in_functorch(),
+        functorch=torch._C._are_functorch_transforms_active(),
     )
 
 
@@ -244,7 +244,8 @@ def checked_ids(ids: Tensor | list[int], x: Tensor, adapters: int) -> Tensor:
                 f"use −1, no adapter, to {adapters - 1}",
             )
         return given.to(x.device, non_blocking=True)
-    torch._assert_async(((given >= -1) & (given < adapters)).all())
+    inside = ((given >= -1) & (given < adapters)).all()
+    torch._assert_async(inside, "an id of a mixed batch is out of range")
     return given.to(x.device)
 
 
@@ -253,7 +254,3 @@ def _refuse_integers(x: Tensor) -> None:
         f"x is {str(x.dtype).removeprefix('torch.')}, and a bottleneck is for hidden states",
         "choose a site that gives floating-point numbers, or convert them",
     )
-
-
-def _in_functorch() -> bool:
-    return torch._C._are_functorch_transforms_active()

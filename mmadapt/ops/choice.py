@@ -12,6 +12,7 @@ import html
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,13 +50,6 @@ class Thresholds:
 MEASURED: dict[tuple[int, int], Thresholds] = {}
 
 
-class Choice(NamedTuple):
-    """The path and why."""
-
-    path: str
-    why: str
-
-
 class Case(NamedTuple):
     """What is to be computed, as far as the choice depends on it."""
 
@@ -74,111 +68,164 @@ class Case(NamedTuple):
     functorch: bool = False
 
 
+class Choice(NamedTuple):
+    """The path, whether it was forced, and what speaks against the kernels: a key of `REASONS`."""
+
+    path: str
+    forced: bool
+    against: str | None
+
+    def why(self, case: Case) -> str:
+        """One sentence."""
+        against = REASONS[self.against](case) if self.against else None
+        if not self.forced:
+            return against or "it fits, and was measured to be faster"
+        asked = f"MMADAPT_OPS asks for {FORCED}"
+        return f"{asked}, but {against}" if against else asked
+
+
+#: what may speak against the kernels, in words
+REASONS: dict[str, Callable[[Case], str]] = {
+    "cpu": lambda case: "on a CPU torch's own operations are the fast path",
+    "triton": lambda case: "Triton is not installed",
+    "old": lambda case: "the kernels need compute capability 8.0 or above",
+    "device": lambda case: f"the kernels are for NVIDIA's devices, not for {case.device.type!r}",
+    "functorch": lambda case: "a transform of torch.func is at work",
+    "dropout": lambda case: "dropout acts inside the bottleneck",
+    "activation": lambda case: f"the kernels have no activation {case.activation!r}",
+    "empty": lambda case: "there is nothing to compute",
+    "dtype": lambda case: (
+        f"{_name(case.dtype)} in products of {_name(case.operands)} is not among "
+        f"{', '.join(map(_name, _DTYPES))}"
+    ),
+    "rounding": lambda case: (
+        f"{_name(case.dtype)} is normed before autocast rounds it to {_name(case.operands)}"
+    ),
+    "width": lambda case: (
+        f"the bottleneck is {case.width} wide, and the kernels' registers hold {WIDEST}"
+    ),
+    "channels": lambda case: (
+        f"{case.channels_in} or {case.channels} channels are no multiple of 8, which loads of 16 "
+        "bytes need"
+    ),
+    "layout": lambda case: "channels do not lie side by side in memory",
+    "unmeasured": lambda case: (
+        "the kernels fit, but no run on a device like this one has measured them; MMADAPT_OPS=triton "
+        "runs them"
+    ),
+    "products": lambda case: f"at width {case.width} the products bind, not the memory",
+    "launch": lambda case: f"for {case.tokens} tokens launching binds, not the memory",
+}
+
+
 def choose(case: Case) -> Choice:
-    """The path for this case, a forced one first."""
-    if FORCED is not None and FORCED not in PATHS:
-        raise OpsError(
-            f"MMADAPT_OPS is {FORCED!r}, expected {', '.join(PATHS)} or nothing",
-            "set it before mmadapt is imported, or unset it",
-        )
-    if FORCED == "cuda":
-        raise OpsError(
-            "MMADAPT_OPS is 'cuda', and this version has kernels in Triton only",
-            "set it to 'triton' or 'reference', or unset it",
-        )
+    """The path for this case; a forced one wherever it can compute it."""
+    if FORCED is not None and FORCED not in ("reference", "triton"):
+        _refuse(FORCED)
     if FORCED == "reference":
-        return Choice("reference", "MMADAPT_OPS asks for it")
+        return Choice("reference", True, None)
     unfit = _unfit(case)
     if FORCED == "triton":
-        if unfit:
-            _say_once(unfit)
-            return Choice("reference", f"MMADAPT_OPS asks for triton, but {unfit}")
-        return Choice("triton", "MMADAPT_OPS asks for it")
-    if unfit:
-        return Choice("reference", unfit)
-    slower = _slower(case)
-    return Choice("reference", slower) if slower else Choice("triton", "it fits and is faster")
+        if unfit is None:
+            return Choice("triton", True, None)
+        choice = Choice("reference", True, unfit)
+        if unfit != "empty" and not torch.compiler.is_compiling():
+            _say_once(choice.why(case))
+        return choice
+    against = unfit or _slower(case)
+    return Choice("reference" if against else "triton", False, against)
 
 
 def _unfit(case: Case) -> str | None:
     """Why no kernel can compute this, or None."""
-    if not kernels_reach_device(case.device):
-        return _why_not_reached(case.device)
+    unreached = unreached_on(case.device)
+    if unreached:
+        return unreached
     if case.functorch:
-        return "a transform of torch.func is at work"
+        return "functorch"
     if case.dropout:
-        return "dropout acts inside the bottleneck"
+        return "dropout"
     if case.activation not in ACTIVATIONS:
-        return f"the kernels have no activation {case.activation!r}"
+        return "activation"
     if not case.tokens:
-        return "there is nothing to compute"
-    for what, dtype in (("x is", case.dtype), ("its operands are", case.operands)):
-        if dtype not in _DTYPES:
-            return f"{what} {_name(dtype)}, and the kernels take {', '.join(map(_name, _DTYPES))}"
+        return "empty"
+    if case.dtype not in _DTYPES or case.operands not in _DTYPES:
+        return "dtype"
     if case.norm and case.dtype != case.operands:
-        return f"{_name(case.dtype)} is normed before autocast rounds it to {_name(case.operands)}"
+        return "rounding"
     if case.width > WIDEST:
-        return f"the bottleneck is {case.width} wide, and the kernels' registers hold {WIDEST}"
+        return "width"
     if case.channels_in % 8 or case.channels % 8:
-        return "the channels are no multiple of 8, which loads of 16 bytes need"
-    if not case.last_contiguous:
-        return "channels do not lie side by side in memory"
-    return None
+        return "channels"
+    return None if case.last_contiguous else "layout"
 
 
 def _slower(case: Case) -> str | None:
     """Why the kernels are not known to be faster here, or None."""
-    capability = torch.cuda.get_device_capability(case.device)
-    limits = MEASURED.get(capability)
+    limits = thresholds_on(case.device)
     if limits is None:
-        known = f"no run on compute capability {capability[0]}.{capability[1]} has measured them"
-        return f"the kernels fit, but {known}; MMADAPT_OPS=triton runs them"
+        return "unmeasured"
     wide = case.operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     most = limits.width_training if case.training else limits.width
-    most = min(most, limits.width_float32) if wide else most
-    if case.width > most:
-        return f"at width {case.width} the products bind, not the memory (from {most} on)"
+    if case.width > (min(most, limits.width_float32) if wide else most):
+        return "products"
     work = case.tokens * max(case.channels_in, case.channels) * case.width
-    if work < limits.work:
-        return f"tokens · channels · width = {work:.2g} is below {limits.work:.2g}, where launching binds"
-    return None
+    return "launch" if work < limits.work else None
+
+
+# devices do not change while a process lives, so compiled code may take these answers as constants
+
+
+@torch.compiler.assume_constant_result
+def unreached_on(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device, or None; on a CPU they do where Triton interprets."""
+    return _unreached_on(device)
+
+
+@torch.compiler.assume_constant_result
+def thresholds_on(device: torch.device) -> Thresholds | None:
+    """What was measured on devices like this one."""
+    return MEASURED.get(_capability(device)) if device.type == "cuda" else None
+
+
+@functools.cache
+def _unreached_on(device: torch.device) -> str | None:
+    triton = importlib.util.find_spec("triton") is not None
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        return None if triton and interpreted else "cpu"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "device"
+    if not triton:
+        return "triton"
+    return None if _capability(device) >= (8, 0) else "old"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 def kernels_reach(x: Tensor) -> bool:
     """Whether the kernels run where this tensor lies, and take its dtype."""
-    return x.dtype in _DTYPES and kernels_reach_device(x.device)
+    return x.dtype in _DTYPES and unreached_on(x.device) is None
 
 
-@functools.cache
-def kernels_reach_device(device: torch.device) -> bool:
-    """Whether Triton is there and computes on this device; on a CPU where it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    return (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+def _refuse(forced: str) -> None:
+    if forced == "cuda":
+        raise OpsError(
+            "MMADAPT_OPS is 'cuda', and this version has kernels in Triton only",
+            "set it to 'triton' or 'reference', or unset it",
+        )
+    raise OpsError(
+        f"MMADAPT_OPS is {forced!r}, expected {', '.join(PATHS)} or nothing",
+        "set it before mmadapt is imported, or unset it",
     )
 
 
-def _why_not_reached(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "on a CPU torch's own operations are the fast path"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cuda" and torch.cuda.is_available() and torch.version.cuda is not None:
-        return "the kernels need compute capability 8.0 or above"
-    return f"the kernels are for NVIDIA's devices, not for {device.type!r}"
-
-
 @functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(
-        f"MMADAPT_OPS=triton, but the reference computes: {reason}", UserWarning, stacklevel=2
-    )
+def _say_once(why: str) -> None:
+    warnings.warn(f"the reference computes a bottleneck: {why}", UserWarning, stacklevel=2)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -242,19 +289,16 @@ def explain(
         activation=activation,
         training=training,
     )
-    path, why = choose(case)
+    choice, unfit, limits = choose(case), _unfit(case), thresholds_on(place)
     moved = tokens * (case.channels_in + channels) * dtype.itemsize
-    limits = None
-    if place.type == "cuda" and torch.cuda.is_available():
-        limits = MEASURED.get(torch.cuda.get_device_capability(place))
+    work = 2 * tokens * width * (case.channels_in + channels)
     facts = {
         "x": f"{_name(dtype)}[{tokens:,}, {case.channels_in:,}] on {place}",
         "bottleneck": f"{case.channels_in:,} → {width} → {channels:,}, {activation}"
         + (", norm" if norm else ""),
         "forced": FORCED or "no",
-        "kernels here": _unfit(case) or "fit",
+        "kernels here": REASONS[unfit](case) if unfit else "fit",
         "thresholds": limits.measured if limits else "unmeasured on this device",
-        "least traffic": f"{moved / 1e6:.1f} MB forward, "
-        f"{4 * tokens * width * channels / 1e9:.2g} GFLOP",
+        "forward": f"{moved / 1e6:.1f} MB at least, {work / 1e9:.2g} GFLOP",
     }
-    return Explanation(path, why, facts)
+    return Explanation(choice.path, choice.why(case), facts)

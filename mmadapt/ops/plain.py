@@ -121,8 +121,8 @@ def _groups(ids: Tensor | None, x: Tensor, folded: Folded) -> list[tuple[int, Te
 
 def _statistics(x: Tensor, spec: Spec) -> Tensor:
     wide = torch.promote_types(torch.float32, x.dtype)
-    if not spec.norm:
-        return x.new_empty(0, dtype=wide)
+    if not spec.norm or not len(x):
+        return x.new_empty((0, 2) if spec.norm else (0,), dtype=wide)
     variance, mean = torch.var_mean(x.to(wide), -1, correction=0)
     return torch.stack([mean, (variance + spec.eps).rsqrt()], 1)
 
