@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from mmadapt.kernels.activations import activate, slope
-from mmadapt.kernels.forward import multiply
+
+from .activations import activate, slope
+from .forward import multiply
 
 
 @triton.jit

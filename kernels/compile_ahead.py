@@ -2,6 +2,7 @@
 
     python -m mmadapt.kernels.compile_ahead            # a table; exit status 1 if any kernel spills
     python -m mmadapt.kernels.compile_ahead --quick    # what the tests compile
+    python -m mmadapt.kernels.compile_ahead --out kernels/bench/compiled.json
 
 It needs Triton, which brings ptxas and cuobjdump with it. TRITON_INTERPRET must not be set.
 """
@@ -9,6 +10,7 @@ It needs Triton, which brings ptxas and cuobjdump with it. TRITON_INTERPRET must
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -18,12 +20,13 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.backends.nvidia
-from mmadapt.kernels.activations import NUMBERS
-from mmadapt.kernels.backward import input_kernel, weight_kernel
-from mmadapt.kernels.forward import forward_kernel
-from mmadapt.kernels.settings import Tiles, forward_tiles, input_tiles, units, weight_tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from .activations import NUMBERS
+from .backward import input_kernel, weight_kernel
+from .forward import forward_kernel
+from .settings import Tiles, forward_tiles, input_tiles, units, weight_tiles
 
 ARCHITECTURES = (80, 90, 100)
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -69,18 +72,6 @@ _FLOATS = ("slopes", "shift", "bias", "gain", "statistics", "factor", "eps")
 _PARTS = ("down_parts", "up_parts", "dy_parts", "column_parts")
 _WHOLE = ("order", "tiles", "first")
 _NUMBERS = ("rows", "parts")
-
-
-def reports(
-    cases: tuple[Case, ...], architectures: tuple[int, ...] = ARCHITECTURES
-) -> list[Report]:
-    """Of all three kernels for each case and architecture; with norm, biases, gelu and a residual."""
-    return [
-        compiled(name, case, architecture)
-        for architecture in architectures
-        for case in cases
-        for name in ("forward", "input", "weight")
-    ]
 
 
 def compiled(name: str, case: Case, architecture: int) -> Report:
@@ -148,13 +139,14 @@ def _said(tool: str, *arguments: object) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="only what the tests compile")
-    chosen = QUICK if parser.parse_args().quick else CASES
-    spilling = 0
+    parser.add_argument("--out", type=Path, help="a JSON file for what was found")
+    asked = parser.parse_args()
+    found: list[Report] = []
     for architecture in ARCHITECTURES:
-        for case in chosen:
+        for case in QUICK if asked.quick else CASES:
             for name in ("forward", "input", "weight"):
                 report = compiled(name, case, architecture)
-                spilling += report.spilled > 0
+                found.append(report)
                 kind = f"{case.dtype}{' mixed' if case.mixed else ''}, {case.rows} rows"
                 print(
                     f"sm_{architecture:<4d}{name:8s} {case.channels:5d} → {case.width:<4d}{kind:24s} "
@@ -163,6 +155,11 @@ def main() -> int:
                     f"{report.shared / 1024:6.1f} kB shared  {report.tensor_cores:3d} MMA",
                     flush=True,
                 )
+    spilling = sum(report.spilled > 0 for report in found)
+    if asked.out:
+        rows = [r._asdict() | {"case": r.case._asdict(), "tiles": r.tiles._asdict()} for r in found]
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        asked.out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
     print("no kernel spills" if not spilling else f"{spilling} kernels spill")
     return int(spilling > 0)
 

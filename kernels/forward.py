@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from mmadapt.kernels.activations import activate
+
+from .activations import activate
 
 
 @triton.jit

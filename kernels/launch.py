@@ -7,13 +7,13 @@ import weakref
 from typing import Any
 
 import torch
-import triton
-from mmadapt.kernels.activations import NUMBERS
-from mmadapt.kernels.backward import input_kernel, weight_kernel
-from mmadapt.kernels.forward import forward_kernel
-from mmadapt.kernels.settings import forward_tiles, input_tiles, parts, units, weight_tiles
-from mmadapt.kernels.table import RowOrder
 from torch import Tensor
+
+from .activations import NUMBERS
+from .backward import input_kernel, weight_kernel
+from .forward import forward_kernel
+from .settings import forward_tiles, input_tiles, parts, units, weight_tiles
+from .table import RowOrder
 
 #: whether Triton computes on the CPU, for tests
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -32,12 +32,13 @@ def forward(residual: Tensor | None, x: Tensor, folded: Any, spec: Any, ids: Ten
     wide = folded.down.dtype == torch.float32
     sizes = forward_tiles(rows, width, wide)
     order = tiles = x
-    count = triton.cdiv(rows, sizes.rows)
+    count = _ceil(rows, sizes.rows)
     if ids is not None:
         placed = row_order(ids, rows // len(ids), len(folded.down))
         order, tiles = placed.order, placed.tiles(sizes.rows)
         count = len(tiles)
-    forward_kernel[(count,)](
+    compute: Any = forward_kernel
+    compute[(count,)](
         x if added is None else added,
         x,
         folded.down,
@@ -93,7 +94,7 @@ def backward(
     wide = folded.down.dtype == torch.float32
     sizes = input_tiles(rows, width, wide)
     order = tiles = first = x
-    count = triton.cdiv(rows, sizes.rows)
+    count = _ceil(rows, sizes.rows)
     if ids is not None:
         placed = row_order(ids, rows // len(ids), adapters)
         order, first, tiles = placed.order, placed.first, placed.tiles(sizes.rows)
@@ -101,7 +102,7 @@ def backward(
     dx = x.new_empty(rows, channels_in)
     a = x.new_empty(rows, width, dtype=folded.down.dtype)
     h = torch.empty_like(a)
-    shared = dict(
+    shared: dict[str, Any] = dict(
         C_IN=channels_in,
         C_OUT=channels_out,
         WIDTH=width,
@@ -110,7 +111,8 @@ def backward(
         MIXED=ids is not None,
         PRECISION=_precision(wide),
     )
-    input_kernel[(count,)](
+    to_input: Any = input_kernel
+    to_input[(count,)](
         dy,
         x,
         statistics,
@@ -143,14 +145,15 @@ def backward(
     if not weights:
         return dx, None
     sizes = weight_tiles(width, wide)
-    chunks = triton.cdiv(max(channels_in, channels_out), sizes.channels)
+    chunks = _ceil(max(channels_in, channels_out), sizes.channels)
     split = parts(rows, chunks, adapters, sizes.rows)
-    empty = dict(dtype=torch.float32, device=x.device)
+    empty: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
     of_down = torch.empty(adapters, split, channels_in, width, **empty)
     of_up = torch.empty(adapters, split, channels_out, width, **empty)
     of_dy = torch.empty(adapters, split, channels_out, **empty)
     columns = torch.empty(adapters, split, 2, width, **empty)
-    weight_kernel[(chunks, adapters * split)](
+    to_weights: Any = weight_kernel
+    to_weights[(chunks, adapters * split)](
         dy,
         x,
         statistics,
@@ -188,6 +191,10 @@ def row_order(ids: Tensor, length: int, adapters: int) -> RowOrder:
     if not _last or _last[0]() is not ids or _last[1] != key:
         _last = (weakref.ref(ids), key, RowOrder(ids, length, adapters))
     return _last[2]
+
+
+def _ceil(number: int, block: int) -> int:
+    return -(-number // block)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -47,13 +47,13 @@ def input_tiles(rows: int, width: int, wide: bool) -> Tiles:
         return Tiles(32, 32, 8, 2)
     if rows <= 16 * PROCESSORS:
         return Tiles(16, 64, 4, 3)
-    return Tiles(64, 64, 8, 3) if width <= 64 else Tiles(32, 64, 8, 2)
+    return Tiles(64, 64, 8, 3) if width <= 64 else Tiles(32, 32, 8, 2)
 
 
 def weight_tiles(width: int, wide: bool) -> Tiles:
     """Of the gradients to the weights; channels in front of the width."""
     if wide:
-        return Tiles(32, 32, 4, 2)
+        return Tiles(32, 32, 8, 2)
     return Tiles(64, 64, 8, 3) if width <= 64 else Tiles(32, 64, 8, 2)
 
 

@@ -80,7 +80,10 @@ class Bench:
 
     def drawn(self, channels: int, width: int, tokens: int) -> tuple[Any, list[Any]]:
         """x (T, C) of bfloat16, and float32 parameters: norm's two, down, bias, up, bias."""
-        normal = lambda *shape: self.torch.randn(*shape, device=self.device)  # noqa: E731
+
+        def normal(*shape: int) -> Any:
+            return self.torch.randn(shape, device=self.device)
+
         tensors = [
             1 + 0.2 * normal(channels),
             0.2 * normal(channels),
@@ -95,8 +98,9 @@ class Bench:
     def fused(self, x: Any, tensors: list[Any]) -> Any:
         from mmadapt.ops.bottleneck import bottleneck
 
-        norm, rest = (tensors[0], tensors[1]), tensors[2:]
-        return bottleneck(x, x, *rest, "gelu", 0.7, 0.0, norm)
+        weight, bias, down, down_bias, up, up_bias = tensors
+        rest = (down, down_bias, up, up_bias)
+        return bottleneck(x, x, *rest, "gelu", 0.7, 0.0, (weight, bias))
 
     def eager(self, x: Any, tensors: list[Any]) -> Any:
         """The same under autocast's rules: parameters rounded to x's dtype, five operations."""

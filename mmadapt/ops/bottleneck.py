@@ -245,7 +245,7 @@ def checked_ids(ids: Tensor | list[int], x: Tensor, adapters: int) -> Tensor:
             )
         return given.to(x.device, non_blocking=True)
     inside = ((given >= -1) & (given < adapters)).all()
-    torch._assert_async(inside, "an id of a mixed batch is out of range")
+    torch.ops.aten._assert_async.msg(inside, "an id of a mixed batch is out of range")
     return given.to(x.device)
 
 

@@ -8,6 +8,7 @@ Triton reaches, `plain` elsewhere. Kept for backward are x, the parameters, and 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def _backward(dy: Tensor, x: Tensor, statistics: Tensor, *arguments: Any) -> tup
 
 
 def _sorted(arguments: Any) -> tuple[Parameters, Tensor | None, Spec, torch.dtype]:
+    tensors: Any
     *tensors, ids, activation, factor, eps, same, operands = arguments
     if ids is None:
         tensors = [None if each is None else each[None] for each in tensors]
@@ -80,9 +82,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _backend(x: Tensor) -> Any:
     if x.numel() and choice.kernels_reach(x):
-        from mmadapt.kernels import launch
-
-        return launch
+        return importlib.import_module("mmadapt.kernels.launch")
     return plain
 
 
