@@ -483,3 +483,21 @@ def test_pictures_of_clips_share_one_scale() -> None:
     assert [axis.get_title() for axis in (first, second)] == ["a", "b"]
     assert first.images[0].get_clim() == second.images[0].get_clim()
     assert second.images[0].get_array().shape == (16, 7)  # without its padding
+
+
+def test_the_page_about_tags_runs_as_it_is_written() -> None:
+    import re
+    from pathlib import Path
+
+    page = (Path(__file__).parents[1] / "docs" / "tagging.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {
+        "encoder": SPEECH["wav2vec2"]().eval(),
+        "clips": waves(),
+        "long": audio.Audio.of(DRAW.standard_normal(20_000) / 10, 8_000),
+    }
+    for block in blocks:
+        exec(block.replace(", loss=", ", steps=2, progress=False, loss="), names)
+    assert isinstance(names["tags"], tagging.Tags)
+    assert list(mm.attachments(names["ast"])) == ["hall", "several"]
