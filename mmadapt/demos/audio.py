@@ -151,8 +151,10 @@ def _report(
     page.figure(
         tagging.clips_figure(noisy, ast.preprocess), "The same kinds of sounds in the hall."
     )
-    for one in (*clean[1:4], *noisy[1:4]):
-        page.table(one)
+    for where, clips in (("Clean:", clean), ("In the hall:", noisy)):
+        page.text(where)
+        for one in clips[1:4]:
+            page.table(one)
     page.heading("Results")
     page.table(table)
     page.text(

@@ -20,14 +20,16 @@ COLOURS = ("#9aa4b2", "#1f6feb", "#c4320a", "#2f9e6e", "#8250df", "#b8860b")
 
 
 def clips_figure(
-    clips: Sequence[Audio], features: SpectrumFeatures, names: Sequence[str] = (), columns: int = 5
+    clips: Sequence[Audio], features: SpectrumFeatures, names: Sequence[str] = (), columns: int = 7
 ) -> Any:
     """What a spectrogram model sees of each clip, all in one scale; low sounds at the bottom."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     titles = names or [clip.name for clip in clips]
     rows = -(-len(clips) // columns)
-    figure = Figure(figsize=(1.9 * columns, 1.75 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.3 * columns, 1.25 * rows), layout="constrained")
+    colours = colormaps["magma"].resampled(24)  # noise in fine shades would make large files
     axes = figure.subplots(rows, columns, squeeze=False).flat
     batch = features.batch(clips)
     seen = batch.inputs["input_values"].numpy()
@@ -36,7 +38,10 @@ def clips_figure(
         axis.axis("off")
         if place < len(clips):
             picture = seen[place, : int(batch.lengths[place])].T
-            axis.imshow(picture, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high)
+            axis.imshow(
+                picture, origin="lower", aspect="auto", cmap=colours, vmin=low, vmax=high,
+                interpolation="nearest",
+            )  # fmt: skip
             axis.set_title(titles[place], fontsize=8)
     return figure
 
