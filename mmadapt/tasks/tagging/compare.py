@@ -67,7 +67,6 @@ class Task:
     the backbone's own stays as it is.
     """
 
-    name: str
     draw: Callable[[int], Tagged]
     test: Callable[[], Tagged]
     head: bool
@@ -84,7 +83,6 @@ TRAIN_SEED, TEST_SEED = 1_000, 50
 def hall(shots: int = 10, test: int = 1300) -> Task:
     """The same kinds of sounds under echoes and noise."""
     return Task(
-        f"hall, {shots} shots",
         lambda seed: _clips(13 * shots, TRAIN_SEED + seed, SOURCE, HALL),
         lambda: _clips(test, TEST_SEED, SOURCE, HALL),
         head=False,
@@ -94,7 +92,6 @@ def hall(shots: int = 10, test: int = 1300) -> Task:
 def new_kinds(shots: int, test: int = 1000) -> Task:
     """Ten kinds of sounds that are new, under echoes and noise."""
     return Task(
-        f"new kinds, {shots} shots",
         lambda seed: _clips(10 * shots, TRAIN_SEED + seed, NEW, HALL),
         lambda: _clips(test, TEST_SEED, NEW, HALL),
         head=True,

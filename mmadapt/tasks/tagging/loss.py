@@ -17,9 +17,9 @@ from mmadapt.tasks.audio.batch import Batch
 class TaggingLoss:
     """A loss for `mm.fit` over what `tagging.tensors` gives: one class a clip, or several tags.
 
-    Labels (B,) of whole numbers are learned by cross-entropy, labels (B, K) by binary cross-entropy,
-    class by class, summed over neither. `augment` masks spectrograms anew in every step, from a
-    generator of `seed`; `weight` (K,) counts classes unequally.
+    Labels (B,) of whole numbers are learned by cross-entropy, labels (B, K) of yes and no by binary
+    cross-entropy, the mean over clips and classes. `augment` masks spectrograms anew in every step, from
+    a generator of `seed`; `weight` (K,) counts classes unequally.
     """
 
     def __init__(

@@ -88,9 +88,8 @@ class Scores:
     @property
     def absent(self) -> tuple[str, ...]:
         """Classes of which there is no clip."""
-        return tuple(
-            name for name, any_ in zip(self.names, self.truth.any(0), strict=True) if not any_
-        )
+        clips = self.truth.sum(0).tolist()
+        return tuple(name for name, count in zip(self.names, clips, strict=True) if not count)
 
     @property
     def confusion(self) -> numpy.ndarray:
