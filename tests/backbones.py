@@ -38,8 +38,18 @@ class Tiny:
     call: Callable[[Any, dict[str, Tensor]], Any] = _call
 
     def fresh(self) -> nn.Module:
-        """An own copy, in eval mode and with every tensor requiring a gradient."""
-        return copy.deepcopy(_prototype(self.name))
+        """An own copy, in eval mode and with every tensor requiring a gradient.
+
+        It shares the library's configurations, whose nested tables would take most of the time.
+        """
+        modules = self.prototype.modules()
+        configurations = [m.__dict__["config"] for m in modules if "config" in m.__dict__]
+        return copy.deepcopy(self.prototype, {id(each): each for each in configurations})
+
+    @property
+    def prototype(self) -> nn.Module:
+        """The one that is copied; only to be looked at."""
+        return _prototype(self.name)
 
     def outputs(self, model: Any, batch: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The main output tensors, rows first."""
@@ -47,7 +57,7 @@ class Tiny:
 
     @property
     def family(self) -> str:
-        return find_anatomy(_prototype(self.name)).family
+        return find_anatomy(self.prototype).family
 
 
 @functools.cache
