@@ -28,13 +28,19 @@ RESULTS = HERE / "sound_shift.json"
 PAGE = HERE.parent / "docs" / "tagging.md"
 BACKBONE = "tiny/ast"
 SEEDS = (0, 1, 2)
-SETTINGS: dict[str, Any] = {"steps": 80, "batch": 26, "test": 650, "source": 390}
+SETTINGS: dict[str, Any] = {
+    "steps": {"hall": 80, "new-5": 240, "new-20": 240},
+    "batch": 26,
+    "test": 650,
+    "source": 390,
+}
 TASKS = {
     "hall": lambda: compare.hall(10, SETTINGS["test"]),
     "new-5": lambda: compare.new_kinds(5, SETTINGS["test"]),
     "new-20": lambda: compare.new_kinds(20, SETTINGS["test"]),
 }
-CHOICE = {"seed": 900, "validation": 390, "factors": [0.4, 1.0, 2.5]}
+#: rates were tried in 80 steps, then the number of steps with the best of them
+CHOICE = {"seed": 900, "validation": 390, "factors": [0.4, 1.0, 2.5], "steps": [80, 240]}
 BASELINES = ("mel statistics + LR", "linear probe")
 
 
@@ -62,12 +68,20 @@ class Study:
             self.tests[part] = compare.Prepared(self.backbone, self.tasks[part].test())
         return self.tests[part]
 
-    def adapted(self, part: str, method: compare.Method, seed: int) -> tuple[Any, Any, float]:
+    def validation(self, part: str) -> compare.Prepared:
+        """Clips to choose by, neither of a training seed nor tested on."""
+        make = compare.hall if part == "hall" else compare.new_kinds
+        shots = CHOICE["validation"] // (13 if part == "hall" else 10)
+        return compare.Prepared(self.backbone, make(shots).draw(CHOICE["seed"] + 1))
+
+    def adapted(
+        self, part: str, method: compare.Method, seed: int, steps: int
+    ) -> tuple[Any, Any, float]:
         """A fresh model trained; its history and the seconds that took."""
         model = mm.load(BACKBONE)
         if method.scratch:
             model = compare.random_backbone(model, seed)
-        options = {"steps": SETTINGS["steps"], "batch": SETTINGS["batch"]}
+        options = {"steps": steps, "batch": SETTINGS["batch"]}
         head = self.tasks[part].head
         found = compare.adapt(
             model, method, self.train(part, seed), head=head, seed=seed, **options
@@ -84,22 +98,31 @@ class Study:
         elif name == "linear probe":
             result = compare.run_probe(self.backbone, self.train(part, seed), test, seed)
         else:
-            model, history, seconds = self.adapted(part, compare.METHODS[name], seed)
+            steps = SETTINGS["steps"][part]
+            model, history, seconds = self.adapted(part, compare.METHODS[name], seed, steps)
             result = compare.finish(model, name, history, seconds, seed, test, self.source, head)
         return {"part": part, **dataclasses.asdict(result)}
 
     def choose(self, name: str) -> dict[str, float]:
         """Accuracy on validation clips of the hall, by peak learning rate."""
         method = compare.METHODS[name]
-        clips = compare.hall(CHOICE["validation"] // 13).draw(CHOICE["seed"] + 1)
-        validation = compare.Prepared(self.backbone, clips)
+        validation = self.validation("hall")
         found = {}
         for factor in CHOICE["factors"]:
             rate = float(f"{CENTRES[name] * factor:.2g}")
             trial = dataclasses.replace(method, rate=rate)
-            model, _, _ = self.adapted("hall", trial, CHOICE["seed"])
+            model, _, _ = self.adapted("hall", trial, CHOICE["seed"], CHOICE["steps"][0])
             found[f"{rate:g}"] = validation.scores(model).accuracy
             print(f"{name:18} {rate:<8g} {found[f'{rate:g}']:.3f}", flush=True)
+        return found
+
+    def choose_steps(self, part: str) -> dict[str, float]:
+        """Accuracy of the Bottleneck on validation clips, by the number of steps."""
+        validation, method, found = self.validation(part), compare.METHODS["Bottleneck"], {}
+        for steps in CHOICE["steps"]:
+            model, _, _ = self.adapted(part, method, CHOICE["seed"], steps)
+            found[str(steps)] = validation.scores(model).accuracy
+            print(f"{part:18} {steps:<8} {found[str(steps)]:.3f}", flush=True)
         return found
 
 
@@ -107,20 +130,21 @@ class Study:
 CENTRES = {"Bottleneck": 5e-3, "ConvAdapter": 5e-3, "LoRA": 5e-3, "full fine-tuning": 5e-4}
 
 
-#: with every seed; the others, where they are run at all, with the first
-CORE = ("Bottleneck", "ConvAdapter", "full fine-tuning")
-OTHERS = {
-    "hall": ("ConvPass1d", "LoRA", "DeepPrompts", "from scratch"),
-    "new-5": (),
-    "new-20": ("LoRA", "from scratch"),
+#: with every seed
+CORE = {
+    "hall": ("Bottleneck", "ConvAdapter", "ConvPass1d", "LoRA", "full fine-tuning"),
+    "new-5": ("Bottleneck", "ConvAdapter", "full fine-tuning"),
+    "new-20": ("Bottleneck", "ConvAdapter", "full fine-tuning"),
 }
+#: with the first
+OTHERS = {"hall": ("DeepPrompts", "from scratch"), "new-20": ("LoRA", "from scratch")}
 
 
 def jobs() -> list[tuple[str, str, int]]:
     """Every (part, method, seed), seed by seed; the frozen backbone has none."""
     found = [(part, "frozen", 0) for part, task in TASKS.items() if task().frozen]
     for seed in SEEDS:
-        found += [(part, name, seed) for part in TASKS for name in (*BASELINES, *CORE)]
+        found += [(part, name, seed) for part in TASKS for name in (*BASELINES, *CORE[part])]
     return found + [(part, name, SEEDS[0]) for part, names in OTHERS.items() for name in names]
 
 
@@ -132,7 +156,7 @@ def load() -> dict[str, Any]:
         "weights": mm.zoo.entry(BACKBONE).sha256,
         "settings": SETTINGS,
         "rates": {name: method.rate for name, method in compare.METHODS.items()},
-        "choice": {**CHOICE, "validation_accuracy": {}},
+        "choice": {**CHOICE, "validation_accuracy": {}, "by_steps": {}},
         "rows": [],
     }
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else context
@@ -172,6 +196,10 @@ def choose() -> None:
         if name not in found:
             found[name] = study.choose(name)
             save(known)
+    for part in ("hall", "new-20"):
+        if part not in known["choice"]["by_steps"]:
+            known["choice"]["by_steps"][part] = study.choose_steps(part)
+            save(known)
     for name, rates in known["choice"]["validation_accuracy"].items():
         best = max(rates, key=rates.__getitem__)
         print(f"{name:18} {best} (now {compare.METHODS[name].rate:g})")
@@ -210,7 +238,7 @@ def table(known: dict[str, Any], part: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     size = known["settings"]
     lines.append(
-        f"\n{size['steps']} steps of {size['batch']} clips; {size['test']} clips to test on, and "
+        f"\n{size['steps'][part]} steps of {size['batch']} clips; {size['test']} clips to test on, and "
         f"{size['source']} of the source; mean ± standard deviation over seeds "
         f"{', '.join(map(str, SEEDS))}, and seed {SEEDS[0]} alone where there is none. "
         f"{known['machine']}. "
