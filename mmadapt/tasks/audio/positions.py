@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
@@ -54,7 +55,11 @@ def fit_positions(
     model.embeddings.position_embeddings = nn.Parameter(
         torch.cat([special, patches], 1), requires_grad=old.requires_grad
     )
-    config.max_length = frames
+    own = copy.deepcopy(config)  # other models may have been built from the same one
+    own.max_length = frames
+    for module in root.modules():
+        if getattr(module, "config", None) is config:
+            module.config = own
     if isinstance(m, Backbone) and isinstance(m.preprocess, SpectrumFeatures):
         m.preprocess = dataclasses.replace(m.preprocess, frames=frames)
     return bands, columns
