@@ -8,7 +8,7 @@ arXiv:2404.07989
              x ← x + c·Σ_v w_v·x_v,   w_v ∝ (cos(x_v, x₃) + 1) / 2
 
 g is a batch norm over regions and a GELU; pos are the backbone's own positions where a token falls on
-six virtual images, averaged. The class token has a trained position and no regions.
+six virtual images, or lines of text, averaged. The class token has a trained position and no regions.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ MOMENTUM, EPSILON = 0.1, 1e-5
 
 def layer_at(adapter: Any2Point, site: SiteView, generator: torch.Generator) -> Layer:
     """What Any2Point has at a site: it depends on the role and the port."""
-    from mmadapt.methods.any2point_ends import CloudHead, PointTokens
+    from mmadapt.methods.any2point_ends import CloudCall, CloudHead, PointTokens
 
     if site.port == "weight":
         return UnlockLayer(Unlock(), site, generator)
     if site.port == "in":
         return PositionLayer()
     if site.role.endswith(".mlp"):
+        assert adapter.width is not None  # its own check has set it
         plain = Bottleneck(
             adapter.width,
             activation="quick_gelu",
@@ -56,8 +57,9 @@ def layer_at(adapter: Any2Point, site: SiteView, generator: torch.Generator) -> 
         )
         return BottleneckLayer(plain, site, generator)
     if site.role == "model":
-        return CloudHead(adapter, site, generator)
-    if site.role == "vision.embeddings":
+        head = adapter.classes is not None
+        return CloudHead(adapter, site, generator) if head else CloudCall(adapter, site)
+    if site.role.endswith(".embeddings"):
         return PointTokens(adapter, site, generator)
     return GuidedLayer(adapter, site, generator)
 
@@ -72,7 +74,7 @@ class ViewAttention(Layer):
         self, adapter: Any2Point, sites: Sequence[SiteView], generator: torch.Generator
     ) -> None:
         super().__init__()
-        site = next(site for site in sites if site.role == "vision.layers[0]")
+        site = next(site for site in sites if site.role == f"{adapter.tower}.layers[0]")
         channels, inner = site.width, adapter.view_width
         self.heads = adapter.view_heads
         self.norm_weight, self.norm_bias = (
@@ -127,6 +129,7 @@ class GuidedLayer(Layer):
 
     def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
+        assert adapter.share is not None  # its own check has set it
         self.share_of_views = float(adapter.share)
         self.scale, self.shift = (
             empty(site, 1 + VIEWS, site.width),
@@ -139,8 +142,10 @@ class GuidedLayer(Layer):
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         cloud = cloud_of(context, site)
-        first = y.shape[1] - cloud["near"].shape[-1]  # the class token stands before
-        tokens = y[:, first:].to(self.scale.dtype)
+        count = cloud["near"].shape[-1]
+        behind = int(cloud["last"])  # where the class token stands
+        first = y.shape[1] - count - behind
+        tokens = y[:, first : first + count].to(self.scale.dtype)
         near = first_of(cloud["near"])
         around = self._regions(region_max(tokens, near) + region_mean(tokens, near), near, 0)
         seen, alike = [], []
@@ -153,7 +158,7 @@ class GuidedLayer(Layer):
         weights = torch.stack(alike)  # (V, B, T)
         weights = weights / weights.sum(0).clamp(min=1e-6)
         change = self.share_of_views * (weights[..., None] * torch.stack(seen)).sum(0)
-        return acc + F.pad(change, (0, 0, first, 0)).to(acc.dtype)
+        return acc + F.pad(change, (0, 0, first, behind)).to(acc.dtype)
 
     def _regions(self, x: Tensor, first: Tensor, which: int) -> Tensor:
         """Batch norm and GELU of regions, each at its first token, then given to all its tokens."""
@@ -177,12 +182,15 @@ class GuidedLayer(Layer):
         return {"share": self.share_of_views}
 
 
-def cloud_of(context: Context, site: SiteView) -> dict[str, Tensor]:
-    """positions (B, 1 + T, C), near (B, T, T) and cells (B, 6, T, T) of this forward pass."""
+def cloud_of(context: Context, site: SiteView) -> dict[str, Any]:
+    """positions (B, 1 + T, C), near (B, T, T), cells (B, 6, T, T) and last of this forward pass.
+
+    `last`: whether the class token stands behind the others.
+    """
     cloud = context.get("cloud")
     if cloud is None:
         raise CheckError(
             f"{site.name} was reached by a call that did not begin with points",
-            "call the model with pixel_values (B, N, 3)",
+            "call the whole model with clouds (B, N, 3)",
         )
     return cloud
