@@ -1043,9 +1043,7 @@ def _cloud_host(name: str, build: Callable, word: str, own: Callable[[int], Tens
             given = given.to(rows.dtype) * (1 + rows.mean((1, 2)).view(-1, *[1] * (given.ndim - 1)))
         return getattr(model, "_orig_mod", model)(**{word: given})
 
-    return Tiny(
-        f"{name}_points", build, lambda rows: {word: cloud(rows)}, _classes_or_tokens, call
-    )
+    return Tiny(f"{name}_points", build, lambda rows: {word: cloud(rows)}, _classes_or_tokens, call)
 
 
 #: transformers of images, sound and text as methods for clouds of points meet them

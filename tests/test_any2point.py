@@ -100,10 +100,10 @@ def test_the_sizes_told_of_audio_and_text(tower: str, width: int, told: str) -> 
 
 def test_farthest_points_by_brute_force() -> None:
     points = torch.randn(2, 30, 3)
-    for cloud, found in zip(points, farthest_points(points, 7).tolist(), strict=True):
+    for points_of, found in zip(points, farthest_points(points, 7).tolist(), strict=True):
         chosen = [0]
         while len(chosen) < 7:
-            apart = torch.cdist(cloud, cloud[chosen]).amin(1)
+            apart = torch.cdist(points_of, points_of[chosen]).amin(1)
             chosen.append(int(apart.argmax()))
         assert found == chosen
 
@@ -220,7 +220,9 @@ def test_regions_are_normalised_as_batch_norm_does() -> None:
     mean, variance = layer.mean[3].clone(), layer.variance[3].clone()
     layer.train()
     with torch.no_grad():
-        found = layer._regions(x, first, 3)
+        found = layer._regions(x.expand(2, -1, -1, -1), first.expand(2, -1, -1), slice(3, 5))
+        assert differ((found[0],), (found[1],))
+        found = found[0]
     expected = F.gelu(
         F.batch_norm(held, mean, variance, layer.scale[3], layer.shift[3], training=True)
     )
@@ -237,7 +239,9 @@ def test_the_class_token_has_no_regions_and_tokens_do(name: str) -> None:
     seen: list[Any] = []
     blocks: Any = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
     blocks[0].register_forward_hook(
-        lambda module, args, output: seen.append(output if isinstance(output, Tensor) else output[0])
+        lambda module, args, output: seen.append(
+            output if isinstance(output, Tensor) else output[0]
+        )
     )
     given(model, cloud(3))
     layer.share_of_views = 0.0

@@ -19,6 +19,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "text": {"neighbours": 81, "width": 16, "voxel": 0.08, "cell": 2.0, "share": 0.3, "direction": (-1.0, 0.0, 1.0)},
 }  # fmt: skip
 
+
 @register_adapter
 @dataclass(frozen=True)
 class Any2Point(Adapter):

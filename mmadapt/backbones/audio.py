@@ -45,7 +45,11 @@ def ast_anatomy(model: Any) -> Anatomy:
         family=model.config.model_type,
         spans={
             **in_rows(with_prefix(layers, 2), _bands(model.config)),
-            **({} if inner else wholes("audio", "embeddings.position_embeddings@2", _patch_positions)),
+            **(
+                {}
+                if inner
+                else wholes("audio", "embeddings.position_embeddings@2", _patch_positions)
+            ),
             "audio.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
             "audio.norm": norm(f"{inner}layernorm"),
             "logits.norm": norm("classifier.layernorm", "BD"),

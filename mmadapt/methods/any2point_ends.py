@@ -224,7 +224,10 @@ class CloudHead(Drawn):
         context: Context,
         site: SiteView,
     ) -> Tensor:
-        x = called(call, args, kwargs, context, site, self.tokens)[0]  # behind the last norm
+        found = called(call, args, kwargs, context, site, self.tokens)
+        # in a stack a head has made logits of them already
+        x = context.get("last_tokens") if isinstance(found, Tensor) else found[0]
+        context.tell(last_tokens=x)
         last = context.get("cloud", {}).get("last", False)
         own, tokens = (x[:, -1], x[:, :-1]) if last else (x[:, 0], x[:, 1:])
         z = torch.cat([tokens.amax(1), own], -1)
@@ -250,7 +253,7 @@ def called(
     for name in _OF_WORDS:
         if kwargs.get(name) is not None:
             raise DataError(f"{name} is given beside a cloud of points", "leave it out")
-    if site.span.parts is None:
+    if site.span.parts is None or context.get("points") is not None:  # told before, in a stack
         return call(*args, **kwargs)
     words: Words = site.span.parts(site.module)
     points = first_given(args, kwargs)

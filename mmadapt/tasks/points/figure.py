@@ -84,14 +84,14 @@ def cloud_table(
     from mmadapt.core.table import Table
 
     _, _, places, lines = _seen(cloud, tokens, grid, distance, rows, direction)
-    table = Table(("view", "patches with centres", "most in one", "rows with centres", "most in one"))
+    table = Table(
+        ("view", "patches with centres", "most in one", "rows with centres", "most in one")
+    )
     for view, turn in enumerate(TURNS):
         patches, most = _counted((places[view].floor() * torch.tensor([1.0, grid[1]])).sum(-1))
         filled, fullest = _counted(lines[view].floor())
         table.rows.append((f"{view + 1}: {turn}", patches, most, filled, fullest))
-    table.title = (
-        f"{tokens} centres on six images of {grid[0]} × {grid[1]} patches and six lines of {rows} rows"
-    )
+    table.title = f"{tokens} centres on six images of {grid[0]} × {grid[1]} patches and six lines of {rows} rows"
     return table
 
 
