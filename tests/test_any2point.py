@@ -294,6 +294,16 @@ def test_a_cloud_means_the_same_alone_and_every_time(name: str) -> None:
         assert_close((given(model, points[row : row + 1]),), (together[row : row + 1],), 1e-5)
 
 
+@every_tower
+def test_a_half_precision_backbone_takes_clouds_of_full_precision(name: str) -> None:
+    model = CLOUDS[name].fresh().bfloat16()
+    attachment = mm.attach(model, mm.Any2Point(5, TOWERS[name][0], **{**TINY, "voxel": 0.5}))
+    assert {p.dtype for p in attachment.parameters()} == {torch.float32}
+    found = given(model, cloud(3))
+    assert found.isfinite().all()
+    assert differ((found[0],), (found[1],))
+
+
 @pytest.mark.parametrize("name", ["hf_clip_text_points", "hf_bert_points"])
 def test_the_positions_of_words_are_used(name: str) -> None:
     model, _ = on_tower(name)

@@ -119,10 +119,10 @@ class PointTokens(Drawn):
         context.tell(
             cloud={"positions": positions, "near": near, "cells": together(cells), "last": last}
         )
-        if isinstance(parts, WordPositions):  # blocks add them, but words come with theirs
-            x = x + positions
-            x = x if parts.norm is None else parts.norm(x.to(parts.table.dtype))
-        return x.to(points.dtype)
+        if not isinstance(parts, WordPositions):
+            return x.to(parts.grid.dtype)
+        x = (x + positions).to(parts.table.dtype)  # blocks add them, but words come with theirs
+        return x if parts.norm is None else parts.norm(x)
 
     def _on_images(self, centres: Tensor, parts: PatchPositions) -> tuple[Tensor, Tensor]:
         """Positions (B, T, C) and the cells (B, 6, T, 2) of virtual images."""
