@@ -104,7 +104,6 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "tokens": mm.Any2Point(tokens=4, neighbours=4, voxel=0.5, dropout=0.0, train_norm=False),
         "audio": mm.Any2Point(5, "audio", tokens=8, neighbours=6, neck=4, dropout=0.0, voxel=0.5),
         "text": mm.Any2Point(5, "text", tokens=8, neighbours=6, neck=4, dropout=0.0, voxel=0.5),
-        "words": mm.Any2Point(tower="text", tokens=4, neighbours=6, dropout=0.0, voxel=0.5),
     },
     "adapter_shadow": {
         "plain": mm.AdapterShadow(scale=3.0),

@@ -253,15 +253,17 @@ def called(
     for name in _OF_WORDS:
         if kwargs.get(name) is not None:
             raise DataError(f"{name} is given beside a cloud of points", "leave it out")
-    if site.span.parts is None or context.get("points") is not None:  # told before, in a stack
+    points = first_given(args, kwargs)
+    if site.span.parts is None or points is context.get("ids"):  # in a stack they stand already
         return call(*args, **kwargs)
     words: Words = site.span.parts(site.module)
-    points = first_given(args, kwargs)
     check_cloud(points, 4 * tokens)
-    context.tell(points=points)
     ids = words.ids(len(points), 1 + tokens).to(points.device)
     others = {name: value for name, value in kwargs.items() if value is not points}
-    return call(**{**others, words.keyword: ids})
+    context.tell(points=points, ids=ids)
+    found = call(**{**others, words.keyword: ids})
+    context.tell(points=None, ids=None)  # compiled code keeps a context from call to call
+    return found
 
 
 def first_given(args: tuple, kwargs: dict[str, Any]) -> Any:
