@@ -276,6 +276,19 @@ def test_clouds_give_classes_or_tokens(name: str) -> None:
         assert torch.equal(found.pooler_output, found.last_hidden_state[:, -1])
 
 
+def test_clips_text_tower_alone_has_the_roles_of_the_whole() -> None:
+    whole: Any = BACKBONES["hf_clip"].fresh()
+    model: Any = CLOUDS["hf_clip_text_points"].fresh()
+    q = "text.layers[*].attn.q"
+    named = {str(row["site"]) for row in mm.plan(whole, mm.LoRA(2), at=q).records()}
+    assert named == {str(r["site"]) for r in mm.plan(model, mm.LoRA(2), at=q).records()}
+    attachment = randomise(mm.attach(model, mm.LoRA(2), at=q))
+    ids = torch.tensor([[3, 4, 31], [5, 31, 0]])
+    adapted = model(input_ids=ids).last_hidden_state
+    attachment.detach()
+    assert differ((adapted,), (model(input_ids=ids).last_hidden_state,))
+
+
 @every_tower
 def test_more_tokens_than_positions_are_no_more_than_places_between_them(name: str) -> None:
     model, _ = on_tower(name, classes=None, tokens=10)
