@@ -102,6 +102,8 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     "any2point": {
         "classes": mm.Any2Point(5, tokens=8, neighbours=6, neck=4, dropout=0.0, head_width=12),
         "tokens": mm.Any2Point(tokens=4, neighbours=4, voxel=0.5, dropout=0.0, train_norm=False),
+        "audio": mm.Any2Point(5, "audio", tokens=8, neighbours=6, neck=4, dropout=0.0, voxel=0.5),
+        "text": mm.Any2Point(5, "text", tokens=8, neighbours=6, neck=4, dropout=0.0, voxel=0.5),
     },
     "adapter_shadow": {
         "plain": mm.AdapterShadow(scale=3.0),
