@@ -14,15 +14,17 @@ from mmadapt.core.site import Derived, Span
 def pooled_anatomy(model: Any) -> Anatomy:
     """`mmadapt.tasks.tagging.PooledEncoder`: the roles of its encoder, and `audio.pooled`.
 
-    Family, facts and site names are the encoder's, so that adapter files fit both.
+    Family, facts and site names are the encoder's, so that adapter files fit both. Roles of a bare
+    model, which take other inputs than sound, are left out.
     """
     own = within(find_anatomy(model.encoder), "encoder")
     channels = own.spans["audio.layers[i].mlp"].channels.replace("{i}", "0")
     pooled = Span("pool", ("out",), channels=channels, layout="BD", aligned=False)
+    inside = {role: span for role, span in own.spans.items() if span.ports != ("around",)}
     facts = own.facts
     return replace(
         own,
-        spans={**own.spans, "audio.pooled": pooled},
+        spans={**inside, "audio.pooled": pooled},
         facts=None if facts is None else partial(_of_the_encoder, facts),
     )
 
