@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import Backbone
+from mmadapt.core.known import KNOWN
 from mmadapt.errors import MissingDependencyError, ZooError
 from mmadapt.zoo.manifest import Entry, data_folder, entry
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+#: a feature extractor of transformers -> "module:class" of ours, with `from_folder`
+PREPROCESS = {"ASTFeatureExtractor": "mmadapt.tasks.audio.spectrum:SpectrumFeatures"}
 
 
 def load(name: str | Path) -> Backbone:
@@ -65,7 +70,8 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        return Backbone(_transformers(folder, quiet=item is not None), entry=item)
+        model = _transformers(folder, quiet=item is not None)
+        return Backbone(model, _preprocess(folder), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
@@ -73,23 +79,39 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
 
 
 def _transformers(folder: Path, quiet: bool) -> nn.Module:
-    """A model in the precision its configuration names; the global random state stays where it is.
+    """A model of the class and precision its configuration names; the global random state stays.
+
+    A class without an anatomy of its own, such as one for pretraining, gives its bare encoder.
 
     `quiet` keeps transformers' progress bar away, which a model of a few megabytes does not need.
     """
     import torch
-    from transformers import AutoModel
+    import transformers
     from transformers.utils import logging
 
+    config = json.loads((folder / "config.json").read_text())
+    cls = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModel)
+    if f"{cls.__module__}.{cls.__qualname__}" not in KNOWN:
+        cls = transformers.AutoModel
     shown = logging.is_progress_bar_enabled()
     if quiet:
         logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
-            return AutoModel.from_pretrained(folder).eval()
+            return cls.from_pretrained(folder).eval()
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _preprocess(folder: Path) -> Any:
+    """What turns clips into a sound model's inputs, or None for other kinds of models."""
+    import importlib
+
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    module, _, name = PREPROCESS.get(settings.get("feature_extractor_type", ""), "").partition(":")
+    return getattr(importlib.import_module(module), name).from_folder(folder) if module else None
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:
