@@ -67,7 +67,7 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
         family=config.model_type,
         spans={
             **in_rows(with_prefix(frames, 0), 1),
-            "audio.frontend[i]": _convolution(convolution),
+            "audio.frontend[i]": convolution_in_time(convolution),
             "audio.projector": linear("projector"),
             **_ends("lm_head", "BTK", model),
             **_ends("classifier", "BTK" if by_frame else "BK", model),
@@ -77,14 +77,14 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
             **block_taps("audio", tower, "layer_norm", "final_layer_norm"),
             **({} if stable else _residuals_behind_norms(role, block)),
         },
-        fills={f"{inner}encoder": _frames_told},
+        fills={f"{inner}encoder": frames_told},
         # in train mode it would keep every activation of the frozen convolutions for backward
         settings={f"{inner}feature_extractor._requires_grad": False},
         facts=_facts,
     )
 
 
-def _frames_told(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def frames_told(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The facts "mask" and "tokens", of a pass through the blocks."""
     frames = args[0] if args else kwargs["hidden_states"]
     return {**text_mask(module, args, kwargs), "tokens": frames.shape[1]}
@@ -98,7 +98,7 @@ def _read(prefix: str, path: str, names: dict[str, str]) -> dict[str, Span]:
     }
 
 
-def _convolution(path: str) -> Span:
+def convolution_in_time(path: str) -> Span:
     """Of the front end, along time; the frames behind it are fewer than those before."""
     return replace(patches(path), layout="BCT", aligned=False)
 
