@@ -57,6 +57,7 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "reduction": mm.Bottleneck(reduction=4, drop_path=0.5),
         "audio": mm.Bottleneck.audio(4),
         "before": mm.Bottleneck(4, at="*.layers[*].mlp:in"),
+        "speech": mm.Bottleneck.speech(4, top=1),
     },
     "lora": {
         "scaled": mm.LoRA(2, alpha=4.0),
@@ -199,6 +200,7 @@ MISFITS: dict[tuple[str, str], str] = {
     ("conv_depth/both", "hf_sam2"): "attention gives fewer positions where a stage begins",
     ("adapter_shadow/rank", "hf_sam2"): "a block gives fewer positions where a stage begins",
     ("deep_prompts", "hf_wavlm"): "its attention has positions of its own",
+    ("deep_prompts", "hf_wav2vec2_bert"): "its blocks convolve along time",
     ("convpass", "hf_sam2"): "attention gives fewer positions than it takes where a stage begins",
     **{
         ("tip_adapter", name): "its logits are of tokens, and the cache votes for rows"

@@ -74,7 +74,7 @@ def _blocks(tower: str, path: str) -> dict[str, Span]:
     block, role = path + ".{i}", f"{tower}.layers[i]"
     channels = f"{block}.self_attn_layer_norm.weight"
     return {
-        role: Span(block, channels=channels),
+        role: Span(block, channels=channels, more_tokens=tower == "audio"),
         f"{role}.attn": Span(f"{block}.self_attn", channels=channels),
         **linears(f"{role}.attn", f"{block}.self_attn", _PROJECTIONS),
         f"{role}.mlp": Span(f"{block}.fc2", ("out",), x="tap:norm2", channels=channels),
