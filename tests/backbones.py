@@ -1058,7 +1058,9 @@ RELATIVES: dict[str, Tiny] = {
             _logits,
         ),
         Tiny("hf_wavlm_base", _hf_speech("WavLM", "ForCTC"), waves, _logits),
-        Tiny("hf_conformer", _hf_speech("Wav2Vec2Conformer", "ForCTC", **CONFORMER), waves, _logits),
+        Tiny(
+            "hf_conformer", _hf_speech("Wav2Vec2Conformer", "ForCTC", **CONFORMER), waves, _logits
+        ),
         Tiny("hf_parakeet", hf_parakeet, mels, _logits),
         Tiny("hf_whisper_bare", _hf_whisper("Model"), spoken, _hidden),
         Tiny(

@@ -102,10 +102,7 @@ WHISPERS = {  # width, blocks of encoder and decoder each
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name[0] in "ml" else ())
-        for name in WHISPERS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name[0] in "ml" else ()) for name in WHISPERS],
 )
 def test_bottlenecks_and_lora_in_whisper_have_their_known_sizes(name: str) -> None:
     """LoRA of rank 32 on q and v of all three attentions; a bottleneck of 64 behind every MLP."""
@@ -450,7 +447,9 @@ def test_an_untied_output_layer_is_met_by_its_weight_and_a_tied_one_is_not() -> 
 
 def test_a_cached_prefix_of_both_towers_gives_the_same_outputs() -> None:
     model, batch = whisper(), spoken(2)
-    attachment = mm.attach(model, mm.Bottleneck(2, at=("audio.layers[1].mlp", "text.layers[1].mlp")))
+    attachment = mm.attach(
+        model, mm.Bottleneck(2, at=("audio.layers[1].mlp", "text.layers[1].mlp"))
+    )
     randomise(attachment, 0.3)
     with torch.no_grad():
         expected = ALL["hf_whisper"].outputs(model, batch)

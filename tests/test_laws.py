@@ -204,7 +204,7 @@ MISFITS: dict[tuple[str, str], str] = {
     ("convpass", "hf_sam2"): "attention gives fewer positions than it takes where a stage begins",
     **{
         ("tip_adapter", name): "its logits are of tokens, and the cache votes for rows"
-        for name in ("hf_llama", "hf_qwen2", "hf_gemma")
+        for name in ("hf_llama", "hf_qwen2", "hf_gemma", "hf_wav2vec2_bert", "hf_whisper")
     },
     **{
         ("adapter_bias/shared-gate", name): "the decoder's MLPs are of another width"

@@ -162,9 +162,7 @@ class Bottleneck(Adapter):
         return cls(width, **{**options, **changes})
 
     @classmethod
-    def speech(
-        cls, width: int | None = None, top: int | None = None, **changes: Any
-    ) -> Bottleneck:
+    def speech(cls, width: int | None = None, top: int | None = None, **changes: Any) -> Bottleneck:
         """Two per block of a self-supervised speech encoder, behind the attention and the MLP branch,
         with a LayerNorm of their own, 256 wide; `top=6` in the upper six blocks (arXiv:2202.03218).
         """

@@ -197,7 +197,9 @@ def _facts(model: Any) -> dict[str, Any]:
     config = _encoder_config(model)
     heads = {"lm_head": "vocab_size", "ctc_head": "vocab_size", "classifier": "num_labels"}
     found = [getattr(model.config, n) for h, n in heads.items() if hasattr(model, h)]
-    kernel = getattr(config, "conv_depthwise_kernel_size", getattr(config, "conv_kernel_size", None))
+    kernel = getattr(
+        config, "conv_depthwise_kernel_size", getattr(config, "conv_kernel_size", None)
+    )
     return {
         "audio_layers": config.num_hidden_layers,
         "width": config.hidden_size,

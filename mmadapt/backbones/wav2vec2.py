@@ -4,6 +4,7 @@ Convolutions make a frame of every 20 ms or so, a convolution adds positions, an
 of the base models norm behind each branch, h = norm(x + attn(x)), norm(h + mlp(h)), those of the
 large ones before it (`do_stable_layer_norm`). The roles `attn` and `mlp` are the branches in both.
 WavLM's attention reads the weights of its projections itself; they are met by the `weight` port.
+The blocks of MMS models end in an adapter of their own for one language, the role `language`.
 
 The fact "mask" (B, T) is over frames: the encoder is called with it, made from the `attention_mask`
 over samples. A front end with a group norm (`feat_extract_norm="group"`, the base models) takes its
@@ -55,6 +56,7 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
         f"{role}.mlp": Span(f"{block}.feed_forward", channels=channels),
         **linears(f"{role}.mlp", f"{block}.feed_forward", _LINEARS),
         **norms(role, block, "layer_norm", "final_layer_norm"),
+        **_language(f"{role}.language", f"{block}.adapter_layer", channels),
     }
     frames = {
         **layers,
@@ -82,6 +84,15 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
         settings={f"{inner}feature_extractor._requires_grad": False},
         facts=_facts,
     )
+
+
+def _language(role: str, path: str, channels: str) -> dict[str, Span]:
+    """A block's own adapter for one language, which MMS models have (`adapter_attn_dim`)."""
+    return {
+        role: Span(path, channels=channels),
+        f"{role}.norm": norm(f"{path}.norm"),
+        **linears(role, path, {"down": "linear_1", "up": "linear_2"}),
+    }
 
 
 def frames_told(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -78,9 +78,7 @@ KNOWN: dict[str, str] = {
     **_transformers(_WAV2VEC2, "wav2vec2", "Wav2Vec2", _SPEECH),
     **_transformers(_CONFORMER, "wav2vec2_conformer", "Wav2Vec2Conformer", _SPEECH),
     **_transformers(_CONFORMER, "wav2vec2_bert", "Wav2Vec2Bert", _SPEECH),
-    **_transformers(
-        "conformer:parakeet_anatomy", "parakeet", "Parakeet", ("Encoder", "ForCTC")
-    ),
+    **_transformers("conformer:parakeet_anatomy", "parakeet", "Parakeet", ("Encoder", "ForCTC")),
     **_transformers(
         "whisper:whisper_anatomy",
         "whisper",

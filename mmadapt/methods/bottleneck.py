@@ -145,7 +145,11 @@ class BottleneckLayer(Layer):
             up, up_bias = up * scale, up_bias * scale
         elif self.scale != 1.0:
             up, up_bias = up * self.scale, up_bias * self.scale
-        norm = (t["norm_weight"].unsqueeze(1), t["norm_bias"].unsqueeze(1)) if self.norm != "none" else ()
+        norm = (
+            (t["norm_weight"].unsqueeze(1), t["norm_bias"].unsqueeze(1))
+            if self.norm != "none"
+            else ()
+        )
         return t["down"].mT, t["down_bias"].unsqueeze(1), up, up_bias, *norm
 
     def after_rows(self, operands: Any, acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
