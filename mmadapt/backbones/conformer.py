@@ -13,7 +13,7 @@ end has a group norm, they do all the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.backbones.audio import in_rows
