@@ -610,7 +610,11 @@ def waves(rows: int) -> dict[str, Tensor]:
     return {"input_values": wave * mask, "attention_mask": mask}
 
 
-CONFORMER = {"conv_depthwise_kernel_size": 5, "feature_projection_input_dim": SPECTRUM[1]}
+CONFORMER = {
+    "conv_depthwise_kernel_size": 5,
+    "conformer_conv_dropout": 0.0,
+    "feature_projection_input_dim": SPECTRUM[1],
+}
 
 
 @_seeded
