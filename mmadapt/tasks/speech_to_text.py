@@ -55,9 +55,7 @@ class Shape:
         for name in ("layers", "blank"):
             _whole(name, getattr(self, name), 0)
         if self.reduce not in REDUCTIONS:
-            raise DataError(
-                f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCTIONS)}"
-            )
+            raise DataError(f"reduce is {self.reduce!r}, expected one of {', '.join(REDUCTIONS)}")
         if not 0.0 < self.threshold <= 1.0 or not 0.0 <= self.dropout < 1.0:
             raise DataError(
                 f"threshold is {self.threshold!r} and dropout is {self.dropout!r}, expected a number in "
@@ -105,7 +103,13 @@ class SpeechToText(nn.Module):
         self.projection = nn.Linear(grown, text)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                text, shape.heads, 4 * text, shape.dropout, "gelu", batch_first=True, norm_first=True
+                text,
+                shape.heads,
+                4 * text,
+                shape.dropout,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(shape.layers)
         )
@@ -141,9 +145,7 @@ class SpeechToText(nn.Module):
             x = block(x, src_key_padding_mask=~mask)
         return Spoken(torch.where(mask[..., None], self.out_norm(x), 0.0), mask)
 
-    def _fewer(
-        self, frames: Tensor, logits: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _fewer(self, frames: Tensor, logits: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         shape = self.shape
         if shape.reduce == "stack":
             return stack_frames(frames, mask, shape.factor)
@@ -172,7 +174,9 @@ class SpeechToText(nn.Module):
         from safetensors.torch import save as to_bytes
 
         target = Path(path).expanduser()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        tensors = {
+            key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()
+        }
         target.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": "pt", "speech_to_text": json.dumps(asdict(self.shape))}
         replace_file(target, to_bytes(tensors, header))
@@ -198,7 +202,9 @@ class SpeechToText(nn.Module):
         try:
             made.load_state_dict(tensors)
         except RuntimeError as error:
-            raise AdapterFileError(f"{target} does not hold what its header says: {error}") from None
+            raise AdapterFileError(
+                f"{target} does not hold what its header says: {error}"
+            ) from None
         return made
 
 
