@@ -85,10 +85,10 @@ def opened(path: str | Path, language: str | None) -> tuple[MMSFile, dict[str, T
         f"{prefix}.encoder.layers.{min(layers)}.adapter_layer.linear_1.weight"
     ].shape
     match = _FILE.fullmatch(path.name)
-    language = match[1] if match else path.stem
+    spoken = str(match[1]) if match else path.stem
     classes = len(stored["lm_head.weight"])
-    tokens = _known_tokens(path.parent / VOCABULARY, language, classes)
-    return MMSFile(path, language, len(layers), channels, width, classes, tokens), stored
+    tokens = _known_tokens(path.parent / VOCABULARY, spoken, classes)
+    return MMSFile(path, spoken, len(layers), channels, width, classes, tokens), stored
 
 
 def _found(path: Path, language: str | None) -> Path:
