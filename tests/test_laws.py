@@ -57,7 +57,6 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
         "reduction": mm.Bottleneck(reduction=4, drop_path=0.5),
         "audio": mm.Bottleneck.audio(4),
         "before": mm.Bottleneck(4, at="*.layers[*].mlp:in"),
-        "speech": mm.Bottleneck.speech(4, top=1),
     },
     "lora": {
         "scaled": mm.LoRA(2, alpha=4.0),
