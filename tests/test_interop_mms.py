@@ -366,6 +366,9 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"(?s)without its name.*\{language"):
         write_mms(model, tmp_path, "deu")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "vocab.json").write_text("{no json")
+    with pytest.raises(AdapterFileError, match=r"vocab\.json is not JSON"):
+        read_mms(speech(), tmp_path, "deu")
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,8 @@ def _listed(folder: Path) -> list[str]:
 
 def vocabularies_at(path: Path) -> dict[str, dict[str, int]]:
     """The tokens of all languages; empty where there is no file yet."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterFileError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+    found = _vocabulary(path)
+    if not _by_language(found):
         raise AdapterFileError(
             f"{path} has the tokens of no or of one language without its name",
             "expected {language: {token: id}}",
@@ -132,13 +127,24 @@ def vocabularies_at(path: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def _vocabulary(path: Path) -> Any:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is not JSON: {error}") from None
+
+
+def _by_language(vocabulary: Any) -> bool:
+    several = isinstance(vocabulary, dict)
+    return several and all(isinstance(tokens, dict) for tokens in vocabulary.values())
+
+
 def _known_tokens(path: Path, language: str, classes: int) -> tuple[str, ...]:
     """The language's tokens in the order of their ids, checked against the rows of its head."""
-    if not path.is_file():
-        return ()
-    found = json.loads(path.read_text(encoding="utf-8"))
-    several = isinstance(found, dict) and all(isinstance(v, dict) for v in found.values())
-    if not several or language not in found:  # one vocabulary, or of other languages
+    found = _vocabulary(path)
+    if not _by_language(found) or language not in found:  # one vocabulary, or of other languages
         return ()
     tokens = tokens_of(found[language], f"{path}, {language!r},")
     if len(tokens) != classes:
