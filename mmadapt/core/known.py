@@ -24,6 +24,7 @@ _AUDIO = ("Model", "ForSequenceClassification")
 _SPEECH = (*_AUDIO, "ForCTC", "ForAudioFrameClassification", "ForXVector")
 _WAV2VEC2 = "wav2vec2:wav2vec2_anatomy"
 _TEXT = ("TextModel", "TextModelWithProjection")
+_CONFORMER = "conformer:conformer_anatomy"
 _VISION = ("VisionModel", "VisionModelWithProjection")
 
 #: fully qualified class name -> "module:function of the model" that returns its anatomy
@@ -75,6 +76,15 @@ KNOWN: dict[str, str] = {
         ["Model", "ForAudioClassification"],
     ),
     **_transformers(_WAV2VEC2, "wav2vec2", "Wav2Vec2", _SPEECH),
+    **_transformers(_CONFORMER, "wav2vec2_conformer", "Wav2Vec2Conformer", _SPEECH),
+    **_transformers(_CONFORMER, "wav2vec2_bert", "Wav2Vec2Bert", _SPEECH),
+    **_transformers("conformer:parakeet_anatomy", "parakeet", "Parakeet", ("Encoder", "ForCTC")),
+    **_transformers(
+        "whisper:whisper_anatomy",
+        "whisper",
+        "Whisper",
+        ("Model", "ForConditionalGeneration", "ForAudioClassification"),
+    ),
     **_transformers(_WAV2VEC2, "hubert", "Hubert", (*_AUDIO, "ForCTC")),
     **_transformers(_WAV2VEC2, "unispeech", "UniSpeech", (*_AUDIO, "ForCTC")),
     **_transformers(_WAV2VEC2, "unispeech_sat", "UniSpeechSat", _SPEECH),
