@@ -65,6 +65,8 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
+        if _writes(folder):
+            return Backbone(_speech(folder), tokenize=_characters(folder), entry=item)
         return Backbone(_transformers(folder, quiet=item is not None), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
@@ -90,6 +92,41 @@ def _transformers(folder: Path, quiet: bool) -> nn.Module:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _writes(folder: Path) -> bool:
+    """Whether a folder holds a model with a CTC head, which `AutoModel` would leave out."""
+    config = json.loads((folder / "config.json").read_text())
+    return any(name.endswith("ForCTC") for name in config.get("architectures") or ())
+
+
+def _speech(folder: Path) -> nn.Module:
+    """A model with its CTC head, and with the front end that its configuration asks for."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCTC
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        if getattr(config, "log_mel", None) is None:
+            return AutoModelForCTC.from_pretrained(folder).eval()
+        from mmadapt.backbones.log_mel import build
+
+        model = build(config)
+    _fill(model, folder)
+    return model.eval()
+
+
+def _characters(folder: Path) -> Any:
+    """The tokenizer of a folder with a `vocab.json`, which adds no tokens of its own; else None."""
+    if not (folder / "vocab.json").is_file():
+        return None
+    from transformers import Wav2Vec2CTCTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        return Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    return Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"), unk_token=None, bos_token=None, eos_token=None
+    )
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:
