@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import mmadapt as mm
 from mmadapt.errors import AttachError, BackboneError, CheckError, DataError, ZooError
 from mmadapt.tasks import asr
-from mmadapt.tasks.asr import shipped as shipped_clips
+from mmadapt.tasks.asr import clips as shipped_clips
 from mmadapt.tasks.asr.score import percent, pooled
 from mmadapt.tasks.audio import Audio
 

@@ -15,7 +15,7 @@ from mmadapt.errors import DataError
 from mmadapt.tasks import asr
 from mmadapt.tasks.asr.methods import teach
 from mmadapt.tasks.asr.score import percent
-from mmadapt.tasks.asr.shipped import Speech
+from mmadapt.tasks.asr.clips import Speech
 from mmadapt.train.cache import data_digest
 
 BACKBONE = "tiny/ctc"

@@ -20,7 +20,7 @@ from training import Run, train
 
 from mmadapt.backbones.log_mel import build
 from mmadapt.tasks import asr
-from mmadapt.tasks.asr import shipped
+from mmadapt.tasks.asr import clips as shipped
 from mmadapt.tasks.audio import Audio, WaveFeatures
 
 SEED = 0

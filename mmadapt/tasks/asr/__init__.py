@@ -17,7 +17,7 @@ from mmadapt.tasks.asr.long import Chunks, Stream, chunked_logits, transcribe_lo
 from mmadapt.tasks.asr.loss import CTCLoss, frames_needed
 from mmadapt.tasks.asr.recogniser import Recogniser
 from mmadapt.tasks.asr.score import Score, difference
-from mmadapt.tasks.asr.shipped import shipped
+from mmadapt.tasks.asr.clips import shipped
 from mmadapt.tasks.asr.vocabulary import Vocabulary
 from mmadapt.tasks.asr.wording import normalise
 
