@@ -71,7 +71,9 @@ def measure(shift: str, method: str, seed: int) -> dict[str, Any]:
         row["loss"] = round(statistics.mean(taught.history.losses[-20:]), 5)
     row["target"] = measured(listen, shift, SETTINGS["test"])
     row["source_on"] = measured(listen, "source", SETTINGS["source"])
-    if method != "full fine-tuning":
+    if method == "frozen":
+        row["source_off"] = row["source_on"]
+    elif method != "full fine-tuning":
         with mm.disabled(backbone):
             row["source_off"] = measured(listen, "source", SETTINGS["source"])
     return row

@@ -50,7 +50,9 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
     )
     demo.add_argument(
-        "--shots", type=int, help="asr: clips to train on (all); clip: images per class (16); sam: volumes (24)"
+        "--shots",
+        type=int,
+        help="asr: clips to train on (all); clip: images per class (16); sam: volumes (24)",
     )
     demo.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"

@@ -236,7 +236,10 @@ def test_an_alignment_is_seen_as_text_and_as_a_table():
         "heard one too four three",
         "          I   S",
     ]
-    words = [asr.Word(w, i / 10, i / 10 + 0.05, 1.0) for i, w in enumerate("one too four three".split())]
+    words = [
+        asr.Word(w, i / 10, i / 10 + 0.05, 1.0)
+        for i, w in enumerate(["one", "too", "four", "three"])
+    ]
     page = aligned.timed(words)._repr_html_()
     assert page.count(">I<") == 1 and page.count(">S<") == 1 and "0.10–0.15" in page
     assert "<b>" not in asr.align("<b>", "<b>")._repr_html_()
@@ -336,7 +339,10 @@ def test_chunks_that_hear_enough_beside_them_change_nothing(near):
     short = asr.chunked_logits(near, clip, asr.Chunks(0.5, before=0.02, after=0.03))
     far = (short - whole).abs().amax(1) > 1e-4
     assert far.any() and not far[:50].any()  # only behind the first cut
-    assert asr.transcribe_long(near, clip, asr.Chunks(0.5, 0.03, 0.03)).text == near.transcribe(clip)[0].text
+    assert (
+        asr.transcribe_long(near, clip, asr.Chunks(0.5, 0.03, 0.03)).text
+        == near.transcribe(clip)[0].text
+    )
 
 
 def test_a_stream_hears_what_chunks_hear_however_it_is_cut(near):
@@ -364,7 +370,11 @@ def test_a_stream_hears_what_chunks_hear_however_it_is_cut(near):
 def test_words_of_a_stream_are_told_before_it_ends(listen, sets):
     clips, texts = sets["source test"]
     stream = asr.Stream(listen, asr.Chunks(0.4, before=3.0, after=0.4))
-    early = [word for start in range(0, len(clips[0]), 800) for word in stream.push(clips[0].samples[start : start + 800])]
+    early = [
+        word
+        for start in range(0, len(clips[0]), 800)
+        for word in stream.push(clips[0].samples[start : start + 800])
+    ]
     assert early
     words = [word.text for word in [*early, *stream.end()]]
     assert distance(words, texts[0].split()) <= 2
@@ -390,7 +400,9 @@ def test_batches_hold_every_clip_once_and_depend_on_seed_and_epoch_only(listen, 
     assert all(torch.equal(a, b["labels"]) for a, b in zip(first, batches, strict=True))
     batches.set_epoch(1)
     second = [b["labels"] for b in batches]
-    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
     lengths = torch.cat([b["frames"] - b["frames"].min() for b in batches])
     assert float(lengths.float().mean()) < 25  # clips of like length stand together
 
@@ -430,7 +442,7 @@ def test_texts_that_clips_cannot_carry_are_left_out_and_silence_is_refused(liste
     with pytest.raises(DataError, match="silent"):
         listen.batches([silent], ["one"])
     empty = next(iter(listen.batches([silent], [""])))
-    assert float(asr.CTCLoss()(listen.model, empty)) > 0
+    assert float(asr.CTCLoss()(listen.model, empty).detach()) > 0
     with pytest.raises(DataError, match="no 'a'"):
         listen.batches(clips, ["a", "one"])
     with pytest.raises(DataError, match="one text a clip"):
@@ -476,7 +488,9 @@ def test_clips_come_with_some_backbones(tmp_path):
         asr.shipped("tiny/clip")
     times = numpy.arange(4000) / 8000
     clips = [Audio(0.3 * numpy.sin(2 * math.pi * hertz * times), 8000) for hertz in (300, 500, 900)]
-    shipped_clips.write(tmp_path, {"a": (clips[:1], ["x"]), "b": (clips[1:], ["y", "z"])}, licence="CC0-1.0")
+    shipped_clips.write(
+        tmp_path, {"a": (clips[:1], ["x"]), "b": (clips[1:], ["y", "z"])}, licence="CC0-1.0"
+    )
     found = shipped_clips.read(tmp_path)
     assert found["b"][1] == ["y", "z"]
     for one, other in zip(clips, found["a"][0] + found["b"][0], strict=True):

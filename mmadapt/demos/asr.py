@@ -13,9 +13,9 @@ from mmadapt.core.table import Table, count
 from mmadapt.demos import kept
 from mmadapt.errors import DataError
 from mmadapt.tasks import asr
+from mmadapt.tasks.asr.clips import Speech
 from mmadapt.tasks.asr.methods import teach
 from mmadapt.tasks.asr.score import percent
-from mmadapt.tasks.asr.clips import Speech
 from mmadapt.train.cache import data_digest
 
 BACKBONE = "tiny/ctc"

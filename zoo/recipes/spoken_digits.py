@@ -23,7 +23,7 @@ import numpy
 from mmadapt.tasks.audio import Audio
 
 RATE = 8000
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 LENGTHS = (2, 2, 3, 3, 4, 4, 5, 5, 6, 8)
 
 _TIMBRES = ("m1", "m2", "m3", "m5", "m7", "f2", "f3", "f4")

@@ -11,13 +11,13 @@ asr.compare(listen, {"whisper": (test_clips, test_texts), "known voices": source
 
 from mmadapt.tasks.asr.alignment import Alignment, Errors, align
 from mmadapt.tasks.asr.batches import Batches
+from mmadapt.tasks.asr.clips import shipped
 from mmadapt.tasks.asr.compare import Comparison, compare
 from mmadapt.tasks.asr.decode import Greedy, Transcript, Word, greedy
 from mmadapt.tasks.asr.long import Chunks, Stream, chunked_logits, transcribe_long
 from mmadapt.tasks.asr.loss import CTCLoss, frames_needed
 from mmadapt.tasks.asr.recogniser import Recogniser
 from mmadapt.tasks.asr.score import Score, difference
-from mmadapt.tasks.asr.clips import shipped
 from mmadapt.tasks.asr.vocabulary import Vocabulary
 from mmadapt.tasks.asr.wording import normalise
 

@@ -93,7 +93,9 @@ class Alignment:
             kinds.append(kind.ljust(width))
         between = " " if self.unit == "word" else ""
         rows = [row[0] + " " + between.join(row[1:]) for row in (said, heard, kinds)]
-        return "\n".join(row.rstrip() for row in (rows if any(p[0] for p in self.pairs) else rows[:2]))
+        return "\n".join(
+            row.rstrip() for row in (rows if any(p[0] for p in self.pairs) else rows[:2])
+        )
 
     __repr__ = __str__
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mmadapt.core.attach import disabled
 from mmadapt.core.table import Table
@@ -94,7 +93,7 @@ class Comparison:
 def compare(listen: Recogniser, sets: Mapping[str, Speech], batch_size: int = 16) -> Comparison:
     """Hear every set twice: with what is attached turned off, and as it is active now.
 
-        asr.compare(listen, {"whisper": (clips, texts), "known voices": (others, their_texts)})
+    asr.compare(listen, {"whisper": (clips, texts), "known voices": (others, their_texts)})
     """
     if not sets:
         raise DataError("there is nothing to compare on", '{"new speakers": (clips, texts)}')

@@ -39,7 +39,7 @@ class Chunks:
             raise DataError(f"{self!r}: expected seconds above 0, and before and after not below")
 
 
-def chunked_logits(listen: Recogniser, clip: Audio, chunks: Chunks = Chunks()) -> Tensor:  # noqa: B008
+def chunked_logits(listen: Recogniser, clip: Audio, chunks: Chunks = Chunks()) -> Tensor:
     """Logits (T, V) of a whole recording, T as if it were heard at once."""
     import torch
 
@@ -60,7 +60,7 @@ def chunked_logits(listen: Recogniser, clip: Audio, chunks: Chunks = Chunks()) -
 def transcribe_long(
     listen: Recogniser,
     clip: Audio,
-    chunks: Chunks = Chunks(),  # noqa: B008
+    chunks: Chunks = Chunks(),
 ) -> Transcript:
     """What is said in a recording of any length; words that a cut runs through are whole."""
     return listen.decoded(chunked_logits(listen, clip, chunks), clip)
@@ -83,7 +83,7 @@ class Stream:
         print(*[word.text for word in stream.end()])
     """
 
-    def __init__(self, listen: Recogniser, chunks: Chunks = Chunks(0.5, 2.0, 0.25)) -> None:  # noqa: B008
+    def __init__(self, listen: Recogniser, chunks: Chunks = Chunks(0.5, 2.0, 0.25)) -> None:
         self.listen = listen
         self.keep, self.before, self.after = _frames(listen, chunks)
         self.greedy = Greedy(listen.vocabulary, listen.seconds)
@@ -134,9 +134,7 @@ class Stream:
             if last <= done or (not final and last + self.after > there):
                 return
             begin, end = max(done - self.before, 0), min(last + self.after, there)
-            window = self.waiting[
-                (begin - self.start) * hop : (end - 1 - self.start) * hop + least
-            ]
+            window = self.waiting[(begin - self.start) * hop : (end - 1 - self.start) * hop + least]
             yield window, done - begin, last - done
             drop = max(self.greedy.frames - self.before, 0) - self.start
             self.waiting, self.start = self.waiting[drop * hop :], self.start + drop

@@ -70,7 +70,9 @@ class Score:
         """Character error rate, normalised texts, spaces counted."""
         return pooled(self.characters).rate
 
-    def interval(self, level: float = 0.95, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    def interval(
+        self, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+    ) -> tuple[float, float]:
         """Bounds of the word error rate: clips are drawn anew, with replacement, `draws` times."""
         changes, lengths = _counts(self.words)
         return _bounds(_rates(changes, lengths, draws, seed), level)
