@@ -496,3 +496,32 @@ def test_clips_come_with_some_backbones(tmp_path):
     for one, other in zip(clips, found["a"][0] + found["b"][0], strict=True):
         assert numpy.corrcoef(one.samples, other.samples)[0, 1] > 0.95  # in step
     assert pooled([asr.align("x", "x")]).hits == 1
+
+
+def test_the_tables_of_the_study_are_those_of_its_numbers(monkeypatch):
+    import json
+    import sys
+    from pathlib import Path
+
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    import speech_shift
+
+    known = json.loads(speech_shift.RESULTS.read_text())
+    page = speech_shift.PAGE.read_text()
+    assert known["weights"] == mm.zoo.entry("tiny/ctc").sha256
+    assert speech_shift.write(page, known) == page
+    assert all(speech_shift.finished(known, shift) for shift in speech_shift.SHIFTS)
+    known["rows"][0]["target"]["wer"] += 0.1
+    assert speech_shift.write(page, known) != page
+    for name in ("speech_shift", "spoken_digits", "machine"):
+        sys.modules.pop(name)
+
+
+def test_adapters_of_the_study_have_as_many_parameters():
+    from mmadapt.tasks.asr.methods import METHODS
+
+    ctc, counts = mm.load("tiny/ctc"), []
+    for name in ("LoRA", "Bottleneck", "ConvAdapter"):
+        counts.append(mm.attach(ctc, METHODS[name].adapter, name=name).num_parameters)
+    assert max(counts) < 1.01 * min(counts)

@@ -190,9 +190,11 @@ def _report(
         ("In the middle", order[len(order) // 2]),
         ("The smallest gain", order[-1]),
     ):
-        page.text(f"{label}: S replaced, D missing, I added. First the backbone, then adapted.")
+        page.text(f"{label}. S: replaced, D: missing, I: added.")
         page.table(pair.clips[place])
+        page.text("The backbone:")
         page.table(pair.alignment(place, adapted=False))
+        page.text("With the adapter:")
         page.table(pair.alignment(place))
     page.heading("The adapter that was kept")
     page.table(attachment.summary())

@@ -18,7 +18,7 @@ from mmadapt.tasks.audio.clip import Audio
 from mmadapt.train.fit import fit
 from mmadapt.train.history import History
 
-ADAPTER_RATE, WHOLE_RATE = 3e-3, 5e-4
+ADAPTER_RATE, WHOLE_RATE = 1.2e-2, 1.5e-3
 
 
 @dataclass(frozen=True)
