@@ -389,6 +389,27 @@ def test_a_long_recording_is_understood_in_chunks(listen, sets):
     assert starts == sorted(starts) and starts[-1] > joined.seconds - 2
 
 
+def test_a_stream_with_a_causal_adapter_hears_what_chunks_hear(sets):
+    ctc = mm.load("tiny/ctc")
+    listen = asr.Recogniser(ctc)
+    attachment = mm.attach(ctc, mm.ConvAdapter(4, kernel=6, causal=True), name="live", seed=0)
+    with torch.no_grad():
+        for name, parameter in attachment.named_parameters():
+            if name.endswith(".up"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1), std=0.2)
+    clip, chunks = sets["source test"][0][0], asr.Chunks(0.4, before=0.6, after=0.0)
+    stream = asr.Stream(listen, chunks)
+    words = [
+        w
+        for start in range(0, len(clip), 999)
+        for w in stream.push(clip.samples[start : start + 999])
+    ]
+    words += stream.end()
+    assert tuple(words) == asr.transcribe_long(listen, clip, chunks).words
+    with mm.disabled(ctc):
+        assert tuple(words) != asr.transcribe_long(listen, clip, chunks).words
+
+
 # -- training -----------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def printed(name: str) -> str:
 
 
 def test_there_are_tutorials():
-    assert {path.stem for path in NOTEBOOKS} >= {"01_five_minutes", "02_sam_slices"}
+    assert {path.stem for path in NOTEBOOKS} >= {"01_five_minutes", "02_sam_slices", "05_speech"}
 
 
 def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
@@ -52,4 +52,16 @@ def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
         float(re.search(rf"adapter {word}: +Dice ([\d.]+)", text)[1]) for word in ("on", "off")
     )  # type: ignore[index]
     assert on < off
+    assert "equal: True" in text
+
+
+def test_whispers_are_learned_from_other_sentences_and_known_voices_come_back():
+    text = printed("05_speech")
+    assert "sentences trained and tested on: 0" in text
+    known, whispers = (
+        float(n) for n in re.findall(r"^words +\d+ .* ([\d.]+)  [\d.]+–", text, re.M)
+    )
+    off = float(re.search(r"adapter off: ([\d.]+) %", text)[1])  # type: ignore[index]
+    assert off == known < 5 and whispers > 90
+    assert float(re.search(r"in chunks: ([\d.]+) %", text)[1]) < 0.5 * whispers  # type: ignore[index]
     assert "equal: True" in text

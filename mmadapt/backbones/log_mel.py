@@ -18,6 +18,9 @@ from torch import Tensor, nn
 class LogMel(nn.Module):
     """Waves (B, N) as log-mel spectra (B, bins, T), T = (N − window) // hop + 1, nothing added at the ends."""
 
+    shape: Tensor
+    bank: Tensor
+
     def __init__(
         self, rate: int, bins: int, window: int, hop: int, low: float, floor: float
     ) -> None:
@@ -57,7 +60,7 @@ def build(config: Any) -> nn.Module:
     """An untrained `Wav2Vec2ForCTC` with this front end."""
     from transformers import Wav2Vec2ForCTC
 
-    model = Wav2Vec2ForCTC(config)
+    model: Any = Wav2Vec2ForCTC(config)
     settings = config.log_mel
     model.wav2vec2.feature_extractor = LogMel(
         settings["rate"],

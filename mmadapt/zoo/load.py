@@ -124,8 +124,9 @@ def _characters(folder: Path) -> Any:
 
     if (folder / "tokenizer_config.json").is_file():
         return Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    none: Any = None
     return Wav2Vec2CTCTokenizer(
-        str(folder / "vocab.json"), unk_token=None, bos_token=None, eos_token=None
+        str(folder / "vocab.json"), unk_token=none, bos_token=none, eos_token=none
     )
 
 

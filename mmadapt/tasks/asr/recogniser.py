@@ -39,7 +39,8 @@ class Recogniser:
         features: WaveFeatures | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.backbone, self.model = m, unwrap_model(m)
+        model: Any = unwrap_model(m)
+        self.backbone, self.model = m, model
         if not hasattr(self.model, "lm_head"):
             raise BackboneError(
                 f"{type(self.model).__name__} has no CTC head",

@@ -46,7 +46,7 @@ class Vocabulary:
         """That of a `Backbone`, of a transformers tokenizer, or of a mapping from token to number."""
         if isinstance(source, Vocabulary):
             return source
-        tokenizer = getattr(source, "tokenize", None) if hasattr(source, "anatomy") else source
+        tokenizer: Any = getattr(source, "tokenize", None) if hasattr(source, "anatomy") else source
         if isinstance(tokenizer, Mapping):
             return cls(_in_order(tokenizer), _blank(tokenizer))
         if not hasattr(tokenizer, "get_vocab"):
