@@ -1,5 +1,6 @@
 """Speech recognition: what is written, how errors are counted, and what is refused."""
 
+import json
 import math
 import warnings
 
@@ -275,6 +276,43 @@ def test_the_backbone_comes_with_its_head_vocabulary_and_front_end(ctc, listen):
     assert not ctc.model.training
 
 
+def test_the_front_end_tells_frequencies_and_levels_apart(ctc, listen):
+    front = ctc.model.wav2vec2.feature_extractor
+    times = torch.arange(8000) / 8000
+    low, high = (front(torch.sin(2 * math.pi * hertz * times)[None])[0] for hertz in (300, 2500))
+    assert low.shape == (64, listen.features.frames(8000)) == (64, 49)
+    assert 5 < int(low.mean(1).argmax()) < 20 < 45 < int(high.mean(1).argmax()) < 64
+    assert 0.5 < float(high.exp().amax()) < 4
+    half = front(0.5 * torch.sin(2 * math.pi * 2500 * times)[None])[0]
+    assert float((high - half).amax(0).median()) == pytest.approx(2 * math.log(2), abs=0.05)
+    silence = front(torch.zeros(1, 400))
+    assert torch.allclose(silence, torch.full_like(silence, math.log(1e-6)))
+
+
+def test_a_folder_with_a_ctc_model_is_loaded_with_its_head_and_vocabulary(tmp_path):
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        vocab_size=len(LETTERS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2),
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )  # fmt: skip
+    model = Wav2Vec2ForCTC(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({token: place for place, token in enumerate(LETTERS.tokens)})
+    )
+    found = mm.load(tmp_path)
+    assert torch.equal(found.model.lm_head.weight, model.lm_head.weight)
+    listen = asr.Recogniser(found)
+    assert listen.vocabulary == LETTERS == asr.Vocabulary.read(tmp_path / "vocab.json")
+    assert (listen.features.rate, listen.hop, listen.features.normalise) == (16000, 10, True)
+    clip = noise(0.1, 16000)
+    assert listen.logits([clip])[0].shape == (listen.features.frames(len(clip)), len(LETTERS))
+
+
 def test_known_voices_are_understood_and_whispers_are_not(listen, sets):
     clips, texts = sets["source test"]
     assert listen.score(clips, texts).wer < 0.05
@@ -520,7 +558,6 @@ def test_clips_come_with_some_backbones(tmp_path):
 
 
 def test_the_tables_of_the_study_are_those_of_its_numbers(monkeypatch):
-    import json
     import sys
     from pathlib import Path
 

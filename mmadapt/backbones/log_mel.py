@@ -40,7 +40,7 @@ class LogMel(nn.Module):
 
 
 def mel_bank(rate: int, bins: int, window: int, low: float) -> Tensor:
-    """Triangles (window + 1, bins) evenly spaced on the mel scale from `low` Hz up, 1 for a full-scale sine.
+    """Triangles (window + 1, bins) evenly spaced on the mel scale from `low` Hz up; a full-scale sine gives 1 to 3.
 
     mel = 2595·log10(1 + f/700). Frequencies are those of a window followed by as many zeros, so that
     the narrow triangles at the bottom are not empty.
