@@ -26,7 +26,7 @@ from mmadapt.tasks.asr.methods import METHODS, teach
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "zoo" / "recipes"))
-from spoken_digits import corpus  # noqa: E402
+from spoken_digits import SPEAKERS, corpus  # noqa: E402
 
 RESULTS = HERE / "speech_shift.json"
 PAGE = HERE.parent / "docs" / "speech.md"
@@ -169,7 +169,8 @@ def table(known: dict[str, Any], shift: str) -> str:
 def source_table(metrics: dict[str, Any]) -> str:
     """What the backbone's own recipe measured."""
     lines = ["| said by | clips | WER % | 95 % | CER % |", "|---|---|---|---|---|"]
-    for name, rate in metrics["wer"].items():
+    for name in SPEAKERS:
+        rate = metrics["wer"][name]
         low, high = metrics["wer_95"][name]
         lines.append(
             f"| {metrics['definitions'][name]} | {metrics['n'][name]} | {100 * rate:.1f} | "
