@@ -572,7 +572,12 @@ def test_the_tables_of_the_study_are_those_of_its_numbers(monkeypatch):
     assert all(speech_shift.finished(known, shift) for shift in speech_shift.SHIFTS)
     known["rows"][0]["target"]["wer"] += 0.1
     assert speech_shift.write(page, known) != page
-    for name in ("speech_shift", "spoken_digits", "machine"):
+    import speech_stream
+
+    known, page = json.loads(speech_stream.RESULTS.read_text()), speech_stream.PAGE.read_text()
+    assert known["weights"] == mm.zoo.entry("tiny/ctc").sha256
+    assert speech_stream.write(page, known) == page
+    for name in ("speech_shift", "speech_stream", "spoken_digits", "machine"):
         sys.modules.pop(name)
 
 
