@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 
 import numpy
@@ -11,7 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import mmadapt as mm
-from mmadapt.errors import AttachError, BackboneError, CheckError, DataError, ZooError
+from mmadapt.errors import (
+    AttachError,
+    BackboneError,
+    CheckError,
+    DataError,
+    MissingDependencyError,
+    ZooError,
+)
 from mmadapt.tasks import asr
 from mmadapt.tasks.asr import clips as shipped_clips
 from mmadapt.tasks.asr.score import percent, pooled
@@ -542,6 +550,20 @@ def test_models_without_a_fitting_head_are_refused(ctc):
         asr.Recogniser(ctc, vocabulary=LETTERS)
 
 
+def test_a_library_that_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
+    for name, use in (("jiwer", lambda: asr.align("a", "b")), ("soundfile", asr.shipped)):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(MissingDependencyError, match=rf"{name}[\s\S]*mmadapt\[audio\]"):
+            use()
+
+
+def test_nothing_is_compared_without_an_adapter_or_without_speech(listen, sets):
+    with pytest.raises(DataError, match="nothing to compare"):
+        asr.compare(listen, {})
+    with pytest.raises(AttachError, match="nothing is attached"):
+        asr.compare(listen, {"known": sets["source test"]})
+
+
 def test_clips_come_with_some_backbones(tmp_path):
     with pytest.raises(ZooError, match="no clips"):
         asr.shipped("tiny/clip")
@@ -558,7 +580,6 @@ def test_clips_come_with_some_backbones(tmp_path):
 
 
 def test_the_tables_of_the_study_are_those_of_its_numbers(monkeypatch):
-    import sys
     from pathlib import Path
 
     folder = Path(__file__).parent.parent / "benchmarks"
