@@ -34,7 +34,8 @@ def printed(name: str) -> str:
 
 
 def test_there_are_tutorials():
-    assert {path.stem for path in NOTEBOOKS} >= {"01_five_minutes", "02_sam_slices", "05_speech"}
+    names = {"01_five_minutes", "02_sam_slices", "04_sounds", "05_speech"}
+    assert {path.stem for path in NOTEBOOKS} >= names
 
 
 def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
@@ -53,6 +54,25 @@ def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
     )  # type: ignore[index]
     assert on < off
     assert "equal: True" in text
+
+
+def test_sounds_are_found_better_in_the_hall_and_the_studio_is_kept():
+    """What the text around these numbers says."""
+    text = printed("04_sounds")
+    hall, studio = (
+        {
+            state: float(re.search(rf"^{place}, {state} +390 +([\d.]+)", text, re.M)[1])  # type: ignore[index]
+            for state in ("frozen", "adapted")
+        }
+        for place in ("hall", "studio")
+    )
+    assert hall["adapted"] > hall["frozen"] + 8
+    off = float(re.search(r"studio, adapter off: ([\d.]+) %", text)[1])  # type: ignore[index]
+    assert off == studio["frozen"]
+    assert studio["adapted"] < studio["frozen"]
+    assert "taken for" in text and "equal: True" in text
+    notebook = (FOLDER / "04_sounds.ipynb").read_text()
+    assert notebook.count("<audio") >= 9
 
 
 def test_whispers_are_learned_from_other_sentences_and_known_voices_come_back():

@@ -34,6 +34,7 @@ KNOWN: dict[str, str] = {
     "timm.models.vision_transformer.VisionTransformer": "mmadapt.backbones.vit:timm_vit_anatomy",
     "segment_anything.modeling.sam.Sam": "mmadapt.backbones.sam:segment_anything_anatomy",
     "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",
+    "mmadapt.tasks.tagging.pooled.PooledEncoder": "mmadapt.backbones.pooled:pooled_anatomy",
     **_transformers("clip:hf_clip_anatomy", "clip", "CLIP", ["Model"]),
     **_transformers("clip:hf_clip_vision_anatomy", "clip", "CLIP", _VISION),
     **_transformers("clip_text:hf_clip_text_anatomy", "clip", "CLIP", _TEXT),
