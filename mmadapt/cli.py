@@ -43,9 +43,9 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         "name",
         nargs="?",
         default="clip",
-        choices=("clip", "sam", "audio"),
+        choices=("clip", "sam", "audio", "asr"),
         help="clip: few-shot classification; sam: volumes from one click; audio: sounds in a noisy "
-        "hall (clip)",
+        "hall; asr: whispered speech (clip)",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
@@ -53,7 +53,8 @@ def _demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--shots",
         type=int,
-        help="clip: images per class (16); sam: volumes to train on (24); audio: clips per class (10)",
+        help="clip: images per class (16); sam: volumes to train on (24); audio: clips per class (10); "
+        "asr: clips to train on (all 300)",
     )
     demo.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"

@@ -83,6 +83,23 @@ def test_the_demo_of_volumes_from_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_demo_of_speech_from_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mmadapt", "demo", "asr", "--out", str(out), "--shots", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded into a fresh backbone in a second process" in done.stdout
+    rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())["results"]}
+    cer = {method: row["cer"]["whispers"] for method, row in rows.items()}
+    assert cer["ConvAdapter"] < 0.5 * cer["frozen"]
+    for row in rows.values():  # taken away, an adapter leaves no trace
+        assert row["wer_off"] == rows["frozen"]["wer"]
+    page = (out / "report.html").read_text()
+    assert page.count("data:audio/wav;base64,") == 5 and page.count("data:image/png;base64,") == 1
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["clips"] == 40
+
+
+@pytest.mark.slow
 def test_the_demo_of_sounds_from_end_to_end(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mmadapt", "demo", "audio", "--out", str(out), "--shots", "6"]
@@ -109,7 +126,7 @@ def test_a_demo_of_too_few_clips_is_explained(tmp_path, capsys):
     assert "shots is 1, expected at least 2 clips of every class" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["clip", "sam", "audio"])
+@pytest.mark.parametrize("name", ["clip", "sam", "audio", "asr"])
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
     assert "no adapter folder at" in capsys.readouterr().err

@@ -70,8 +70,12 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        model = _transformers(folder, quiet=item is not None)
-        return Backbone(model, _preprocess(folder), entry=item)
+        if _hears_log_mel(folder):
+            model = _log_mel(folder)
+        else:
+            model = _transformers(folder, quiet=item is not None)
+        tokenize = _characters(folder) if type(model).__name__.endswith("ForCTC") else None
+        return Backbone(model, _preprocess(folder), tokenize, entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
@@ -102,6 +106,38 @@ def _transformers(folder: Path, quiet: bool) -> nn.Module:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _hears_log_mel(folder: Path) -> bool:
+    """Whether the configuration asks for a front end without parameters."""
+    return "log_mel" in json.loads((folder / "config.json").read_text())
+
+
+def _log_mel(folder: Path) -> nn.Module:
+    """A wav2vec 2.0 with a CTC head, and a log-mel spectrogram as its front end."""
+    import torch
+    from transformers import Wav2Vec2Config
+
+    from mmadapt.backbones.log_mel import build
+
+    with torch.random.fork_rng(devices=[]):
+        model = build(Wav2Vec2Config.from_pretrained(folder))
+    _fill(model, folder)
+    return model.eval()
+
+
+def _characters(folder: Path) -> Any:
+    """The tokenizer of a folder with a `vocab.json`, which adds no tokens of its own; else None."""
+    if not (folder / "vocab.json").is_file():
+        return None
+    from transformers import Wav2Vec2CTCTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        return Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    none: Any = None
+    return Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"), unk_token=none, bos_token=none, eos_token=none
+    )
 
 
 def _preprocess(folder: Path) -> Any:

@@ -18,7 +18,10 @@ ROLES = {
     "open_clip_config.json": "config",
     "preprocessor_config.json": "preprocessing",
     "bpe.txt.gz": "tokenizer",
+    "vocab.json": "tokenizer",
     "metrics.json": "metrics",
+    "clips.opus": "clips",
+    "clips.json": "clips",
 }
 
 
