@@ -43,14 +43,17 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         "name",
         nargs="?",
         default="clip",
-        choices=("clip", "sam"),
-        help="clip: few-shot classification; sam: volumes from one click (clip)",
+        choices=("clip", "sam", "volume"),
+        help="clip: few-shot classification; sam: stacks of slices from one click; volume: clicks in "
+        "three dimensions, and a real scan from NIfTI to NIfTI (clip)",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
     )
     demo.add_argument(
-        "--shots", type=int, help="clip: images per class (16); sam: volumes to train on (24)"
+        "--shots",
+        type=int,
+        help="clip: images per class (16); sam, volume: volumes to train on (24)",
     )
     demo.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"

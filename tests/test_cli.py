@@ -104,7 +104,7 @@ def test_a_kept_adapter_is_verified_in_another_process(tmp_path):
     mm.attach(model, mm.Bottleneck(2), at="vision.layers[0].mlp", name="untrained")
     mm.save(model, tmp_path / "adapter")
     _, test = sam.task(1)
-    verdict = sam._verdict(score_dice(predictions(model, test), test), test)
+    verdict = sam.verdict(score_dice(predictions(model, test), test), test)
     kept.confirm("sam", tmp_path / "adapter", verdict)
     verdict["dice"][3] += 1e-9
     with pytest.raises(CheckError, match="in a second process"):
