@@ -82,7 +82,49 @@ def test_the_demo_of_volumes_from_end_to_end(tmp_path):
     assert page.count("data:image/png;base64,") == 4 and "best fixed ellipsoid" in page
 
 
-@pytest.mark.parametrize("name", ["clip", "sam"])
+@pytest.mark.slow
+def test_the_demo_of_clicked_volumes_from_end_to_end(tmp_path, monkeypatch):
+    """Few steps, since what is learned is shown elsewhere: every part, and a scan that comes back."""
+    import nibabel
+    import numpy
+
+    from mmadapt.demos import sam, volume
+    from mmadapt.tasks.volume import read_mask, read_nifti
+
+    monkeypatch.setattr(sam, "STEPS", 12)
+    monkeypatch.setattr(volume, "CLICKED", 3)
+    said = []
+    results = volume.run(tmp_path / "out", shots=4, show=said.append)
+    text = "\n".join(said)
+    dice = {result.method: result.mean for result in results}
+    assert list(dice) == [
+        "frozen", "best fixed ellipsoid", "full fine-tuning", "Bottleneck", "MedSA, with depth"
+    ]  # fmt: skip
+    assert dice["full fine-tuning"] > dice["frozen"]
+    assert "every Dice equal" in text and "voxels and affine equal" in text
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: numpy.shape(rows) for name, rows in found["clicks"].items()} == {
+        name: (3, 3) for name in ("frozen", "Bottleneck", "MedSA, with depth")
+    }
+    manifest = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())
+    assert manifest["input"] == {"depth": 12}
+    scan = read_nifti(volume.scan_file(), t=0)
+    path = tmp_path / "out" / "prediction.nii.gz"
+    mask = read_mask(path, like=scan)
+    assert mask[:6].sum() == 0  # the part that was not looked at
+    assert numpy.array_equal(nibabel.load(path).affine, scan.affine)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "has no labels" in page
+
+
+def test_the_demo_of_volumes_needs_nibabel_and_says_so_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert main(["demo", "volume", "--out", str(tmp_path / "out")]) == 1
+    assert "pip install 'mmadapt[medical]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["clip", "sam", "volume"])
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
     assert "no adapter folder at" in capsys.readouterr().err

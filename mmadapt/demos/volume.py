@@ -20,6 +20,7 @@ import numpy as np
 import mmadapt as mm
 from mmadapt.core.table import Table, count
 from mmadapt.demos import kept, sam
+from mmadapt.errors import CheckError
 from mmadapt.tasks import volume as volumes
 from mmadapt.tasks.segment import figure, organs, set_input
 from mmadapt.tasks.segment.compare import (
@@ -179,19 +180,24 @@ def segment_scan(
         study.click(point, label)
         study.propagate()
     path = volumes.save_mask(out / "prediction.nii.gz", study.mask, study.volume)
-    again = volumes.read_mask(path, like=scan)  # refuses another grid or affine
-    header = nibabel().load(str(path))
-    equal = bool(np.array_equal(again > 0, study.on_original()))
-    same = bool(np.array_equal(header.affine, scan.affine))
-    voxel = float(np.prod(scan.spacing)) / 1000
+    again = volumes.read_mask(path, like=scan)  # refuses another grid
+    file = nibabel().load(str(path))
+    if not np.array_equal(file.affine, scan.affine) or not np.array_equal(
+        again, study.on_original()
+    ):
+        raise CheckError(
+            f"{path} does not hold the mask that was saved, or lies elsewhere: affine "
+            f"{file.affine.tolist()}, of the scan {scan.affine.tolist()}",
+            "this should not happen; please report it with both",
+        )
+    millilitres = int(again.sum()) * float(np.prod(scan.spacing)) / 1000
     return study, path, {
-        "scan": f"{scan!r}",
-        "looked at": f"{study.volume.grid}",
+        "scan": repr(scan),
+        "looked at": str(study.volume.grid),
         "clicks (z, y, x)": ", ".join(str(point) for point, _ in SCAN_CLICKS),
-        "found": f"{int(study.mask.sum())} voxels, {study.mask.sum() * voxel:.1f} ml, no truth to compare",
-        "saved": f"{path}, {header.get_data_dtype()} {header.shape}",
-        "read back: voxels equal": equal,
-        "read back: affine equal": same,
+        "found": f"{int(again.sum())} voxels, {millilitres:.1f} ml; there is no truth to compare with",
+        "saved": f"{path}: {file.get_data_dtype()} {file.shape}",
+        "read back": "voxels and affine equal",
     }  # fmt: skip
 
 
@@ -208,7 +214,7 @@ def summary(results: Sequence[Result], test: Cases) -> Table:
                 count(own[0].parameters),
                 f"{np.mean([result.mean for result in own]):.3f}",
                 f"{np.mean(distances):.1f}",
-                f"{np.mean([result.missed for result in own]):.1f} of {len(test)}",
+                f"{np.mean([result.missed for result in own]):.2g} of {len(test)}",
                 f"{np.mean([result.seconds for result in own]):.0f}",
             )
         )
