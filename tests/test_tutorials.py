@@ -34,7 +34,11 @@ def printed(name: str) -> str:
 
 
 def test_there_are_tutorials():
-    assert {path.stem for path in NOTEBOOKS} >= {"01_five_minutes", "02_sam_slices"}
+    assert {path.stem for path in NOTEBOOKS} >= {
+        "01_five_minutes",
+        "02_sam_slices",
+        "03_volumes",
+    }
 
 
 def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
@@ -53,3 +57,13 @@ def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
     )  # type: ignore[index]
     assert on < off
     assert "equal: True" in text
+
+
+def test_volumes_are_found_better_along_the_depth_and_saved_where_they_lie():
+    """What the text around these numbers says."""
+    text = printed("03_volumes")
+    dice = dict(re.findall(r"^(frozen|slice-wise|depth-aware) +Dice ([\d.]+)", text, re.M))
+    assert float(dice["depth-aware"]) > float(dice["slice-wise"]) + 0.03
+    assert float(dice["slice-wise"]) > float(dice["frozen"]) + 0.2
+    assert "on the scan's grid: True" in text and "equal: True" in text
+    assert len(re.findall(r"^\* ", text, re.M)) == 10  # refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -572,16 +573,24 @@ def test_what_the_page_says_runs(
     image = nibabel.load(str(nifti("anatomical.nii")))
     image.to_filename("ct.nii.gz")
     image.to_filename("big.nii")
+    model: Any = copy.deepcopy(trained)
+    mm.attach(model, mm.Bottleneck(2), at="vision.layers[*].mlp", name="liver")
     names: dict[str, Any] = {
-        "model": trained,
+        "model": model,
+        "other": BACKBONES["hf_sam"].fresh(),
+        "sam": BACKBONES["hf_sam"].fresh(),
+        "values": torch.rand(2, 1, 8, 8, 8),
+        "masks": torch.rand(2, 8, 8, 8) > 0.5,
         "network": network(),
         "clicked": near_the_clicks,
         "truth": ball((25, 41, 33), (12, 20, 16), (6, 6, 6)).astype(numpy.uint8),
     }
     blocks = page.split("```python\n")[1:]
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(block.split("```")[0], names)
     assert repr(names["ct"]).startswith("Volume(ct.nii.gz: 1×25×41×33 voxels (z, y, x) of 2×2×2 mm")
     assert volumes.read_mask("big_mask.nii", like=names["ct"]).shape == (25, 41, 33)
     assert [score.structure for score in names["scores"]] == ["lesion"]
+    assert names["study"].mask.shape == names["work"].size and Path("lesion.nii.gz").exists()
+    assert segment.input_of(names["other"]) == segment.Input("ct abdomen", 12)
