@@ -383,7 +383,8 @@ def test_voxels_that_are_no_numbers_never_reach_the_network(value: float) -> Non
             input_labels=torch.ones(2, 1, dtype=torch.long),
         )
     assert (
-        caught.value.message.startswith("2 of 1024 voxels are") and "nan=0.0" in caught.value.hint
+        caught.value.message.startswith("2 of 1024 voxels are not finite")
+        and "nan=0.0" in caught.value.hint
     )
     large = torch.full((1, 1, 8, 8, 8), 3e38)  # whose sum is infinite, and which is finite itself
     model(

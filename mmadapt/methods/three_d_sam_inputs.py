@@ -87,9 +87,9 @@ def check_volume(volume: Tensor, channels: int, unit: int, side: int) -> None:
         if bool(wrong.any()):  # a sum may overflow without one
             first = tuple(wrong.nonzero()[0].tolist())
             raise DataError(
-                f"{int(wrong.sum())} of {volume.numel()} voxels are {volume[first].item():g} or the "
-                f"like, the first at {first}",
-                "a single one would spread over the whole mask: read the file with nan=0.0, or replace "
+                f"{int(wrong.sum())} of {volume.numel()} voxels are not finite numbers, the first at "
+                f"{first}: {volume[first].item():g}",
+                "one of them would spread over the whole mask: read the file with nan=0.0, or replace "
                 "them (torch.nan_to_num)",
             )
     if side and set(shape[2:]) != {side}:
