@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
 from mmadapt.errors import AdapterError, CheckError
-from mmadapt.ops.reference import ACTIVATIONS, gated_attention, linear
+from mmadapt.ops.attention import gated_attention
+from mmadapt.ops.reference import ACTIVATIONS, linear
 
 if TYPE_CHECKING:
     from mmadapt.adapter import ZeroInitAttention

@@ -65,7 +65,8 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        return Backbone(_transformers(folder, quiet=item is not None), entry=item)
+        model = _transformers(folder, quiet=item is not None)
+        return Backbone(model, tokenize=_tokenizer(folder), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
@@ -75,21 +76,36 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
 def _transformers(folder: Path, quiet: bool) -> nn.Module:
     """A model in the precision its configuration names; the global random state stays where it is.
 
-    `quiet` keeps transformers' progress bar away, which a model of a few megabytes does not need.
+    It is of the class that wrote the configuration, with its head, where transformers has it. `quiet`
+    keeps transformers' progress bar away, which a model of a few megabytes does not need.
     """
     import torch
-    from transformers import AutoModel
+    import transformers
     from transformers.utils import logging
+
+    named = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+    kind = getattr(transformers, named, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        kind = transformers.AutoModel
 
     shown = logging.is_progress_bar_enabled()
     if quiet:
         logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
-            return AutoModel.from_pretrained(folder).eval()
+            return kind.from_pretrained(folder).eval()
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside the model, None where there is none; nothing is fetched."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:
