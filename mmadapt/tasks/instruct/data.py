@@ -83,7 +83,7 @@ class Tokens:
         if longest > length:
             raise DataError(
                 f"an example has {longest} tokens, and a row {length}",
-                f"pack(length={longest}), or encode(…, longest={length}) to cut it",
+                f"packed({longest}), or encode(…, longest={length}) to cut it",
             )
         bins: list[list[int]] = []
         for place, row in enumerate(self.ids):  # the first row of the last few with room

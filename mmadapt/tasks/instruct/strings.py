@@ -97,3 +97,20 @@ def draw_captions(count: int, generator: torch.Generator, split: str = "any") ->
     """Captions of scenes that are not drawn, of the combinations of a split of the scenes."""
     drawn = draw_attributes(count, generator, split=split)
     return [Example(CAPTION, caption(row)) for row in drawn.tolist()]
+
+
+def read_caption(text: str) -> list[int | None]:
+    """The attributes that a caption names, None for each that it does not."""
+    head, _, tail = text.partition(" on a ")
+    article, _, rest = head.partition(" ")
+    colour, _, thing = rest.partition(" ")
+    pattern, _, behind = tail.partition(" ")
+    parts = (
+        (thing, object_names()),
+        (colour, COLOURS),
+        (pattern, PATTERNS),
+        (behind.removesuffix(" background"), COLOURS),
+    )
+    return [
+        names.index(word) if article == "a" and word in names else None for word, names in parts
+    ]

@@ -70,8 +70,8 @@ def stream(
     notebook updates one output in place and a terminal is written to.
     """
     tokenizer, model = tokenizer_of(m, tokenizer), unwrap_model(m)
-    display = _display(prompt) if show is None else None
-    pieces = Pieces(tokenizer, show or display)  # type: ignore[arg-type]
+    shown = show or (_Notebook(prompt) if in_notebook() else _Terminal())
+    pieces = Pieces(tokenizer, shown)
     ids = torch.tensor(
         prompt_ids(tokenizer, [prompt], template), device=next(model.parameters()).device
     )
@@ -84,37 +84,33 @@ def stream(
             streamer=pieces,
             **{"do_sample": False, **options},
         )
-    if isinstance(display, _Terminal):
-        display.end()
+    if isinstance(shown, _Terminal):
+        shown.end()
     return pieces.text
 
 
 def stream_both(m: Any, prompt: str, *, show: Show | None = None, **how: Any) -> tuple[str, str]:
     """Answer a prompt with what is attached off, then on, both in sight; returns (off, on)."""
     require_bank(m)
-    display = _Notebook() if show is None and in_notebook() else None
     texts = {"adapter off": "", "adapter on": ""}
+    notebook = _Notebook() if show is None and in_notebook() else None
 
-    def shown(which: str) -> Show:
+    def display(which: str) -> Show:
+        if show is None and notebook is None:
+            return _Terminal(f"{which}: ")
+
         def update(text: str) -> None:
             texts[which] = text
-            if display is not None:
-                display.rows(prompt, texts)
+            if notebook is not None:
+                notebook.rows(prompt, texts)
             elif show is not None:
                 show("\n".join(f"{name}: {one}" for name, one in texts.items()))
 
-        return update if display is not None or show is not None else _Terminal(f"{which}: ")
+        return update
 
     with disabled(m):
-        off_show = shown("adapter off")
-        off = stream(m, prompt, show=off_show, **how)
-    on_show = shown("adapter on")
-    if isinstance(off_show, _Terminal):
-        off_show.end()
-    on = stream(m, prompt, show=on_show, **how)
-    if isinstance(on_show, _Terminal):
-        on_show.end()
-    return off, on
+        off = stream(m, prompt, show=display("adapter off"), **how)
+    return off, stream(m, prompt, show=display("adapter on"), **how)
 
 
 class _Terminal:
@@ -172,7 +168,3 @@ class _Shown:
             for name, text in self.texts.items()
         ]
         return "".join(lines)
-
-
-def _display(prompt: str) -> Show:
-    return _Notebook(prompt) if in_notebook() else _Terminal()
