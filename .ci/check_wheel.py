@@ -14,6 +14,8 @@ wanted = (
     "mmadapt/_zoo_data/manifest.json",
     "mmadapt/_zoo_data/tiny/clip/model.safetensors",
     "mmadapt/_zoo_data/tiny/clip/bpe.txt.gz",
+    "mmadapt/_zoo_data/tiny/llama/model.safetensors",
+    "mmadapt/_zoo_data/tiny/llama/tokenizer.json",
     "mmadapt/_zoo_data/tiny/sam/config.json",
     "mmadapt/_zoo_data/tiny/sam/model.safetensors",
 )

@@ -43,14 +43,16 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         "name",
         nargs="?",
         default="clip",
-        choices=("clip", "sam"),
-        help="clip: few-shot classification; sam: volumes from one click (clip)",
+        choices=("clip", "llama", "sam"),
+        help="clip: few-shot classification; llama: a new wording; sam: volumes from one click (clip)",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
     )
     demo.add_argument(
-        "--shots", type=int, help="clip: images per class (16); sam: volumes to train on (24)"
+        "--shots",
+        type=int,
+        help="clip: images per class (16); llama: examples (200); sam: volumes to train on (24)",
     )
     demo.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"

@@ -162,6 +162,50 @@ def test_the_study_was_run_on_the_weights_that_are_shipped():
         assert row["source_off"] in ({}, frozen["source_on"])
 
 
+# -- decoders ---------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_study_of_wordings_are_those_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import instruct_shift as study
+
+    import mmadapt as mm
+
+    known = json.loads(study.RESULTS.read_text())
+    page = study.PAGE.read_text()
+    assert study.write(page, known) == page
+    assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
+    rates, (backbone, *rows) = study.chosen(known), known["wording"]
+    assert {row["seed"] for row in rows} == set(study.SEEDS)
+    for row in rows:
+        assert row["rate"] == rates[row["method"]]
+        assert row["start"] == 0.0
+        assert row["old_off"] in (
+            None,
+            backbone["old_on"],
+        )  # taken away, an adapter leaves no trace
+    rows[0]["new"] = 0.5
+    assert study.write(page, known) != page
+    del sys.modules["instruct_shift"]
+
+
+def test_the_table_of_zero_initialised_attention_is_that_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import zero_init_cost as cost
+
+    found = json.loads(cost.RESULTS.read_text())
+    page = cost.DOCUMENT.read_text()
+    assert cost.write(page, found) == page
+    busy = {**found, "load_of_others": [0.0, 2.5]}
+    assert "Other processes kept up to 2.5 cores busy" in cost.write(page, busy)
+    assert "PEFT adaption_prompt" in found["rows"]["64 tokens"]
+    names = [name for name in found["rows"]["64 tokens"] if name != "PEFT adaption_prompt"]
+    quick = cost.measure(quick=True)
+    assert [name for name in quick["64 tokens"] if name != "PEFT adaption_prompt"] == names
+    for name in ("zero_init_cost", "cost_clock", "machine"):
+        sys.modules.pop(name, None)
+
+
 # -- SAM ------------------------------------------------------------------------------------------
 
 SAM = json.loads((BENCHMARKS / "sam_cost.json").read_text())

@@ -18,6 +18,10 @@ ROLES = {
     "open_clip_config.json": "config",
     "preprocessor_config.json": "preprocessing",
     "bpe.txt.gz": "tokenizer",
+    "chat_template.jinja": "tokenizer",
+    "generation_config.json": "config",
+    "tokenizer.json": "tokenizer",
+    "tokenizer_config.json": "tokenizer",
     "metrics.json": "metrics",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mmadapt.core.table import Table, count
 from mmadapt.tasks.instruct.data import Example, encode
 from mmadapt.tasks.instruct.loss import response_loss
 from mmadapt.tasks.instruct.score import exact_match, perplexity, tokenizer_of
+from mmadapt.train.evaluation import Evaluation
 from mmadapt.train.fit import fit
 from mmadapt.train.history import History
 from mmadapt.train.optimiser import Optimiser
@@ -75,11 +76,12 @@ def adapt(
     batch: int = 24,
     rate: float | None = None,
     tokenizer: Any = None,
-    evaluation: Any = None,
-    label: str = "fit",
-    progress: bool = False,
+    watch: Callable[[Attachment], Evaluation] | None = None,
 ) -> tuple[Attachment | None, History, float]:
-    """Attach and train on examples; the last is CPU seconds. Tokens are never decayed."""
+    """Attach and train on examples; the last is CPU seconds. Nothing is decayed.
+
+    `watch` makes an evaluation of the attachment, such as a record of its gates.
+    """
     started, model, peak = time.process_time(), unwrap_model(m), rate or method.rate
     data = encode(tokenizer_of(m, tokenizer), examples).padded()
     attachment = None
@@ -100,10 +102,9 @@ def adapt(
         steps=steps,
         batch_size=batch,
         optimiser=Optimiser(build=torch.optim.AdamW(groups, weight_decay=0.0)),
-        evaluation=evaluation,
+        evaluation=watch(attachment) if watch is not None and attachment is not None else None,
         seed=seed,
-        label=label,
-        progress=progress,
+        progress=False,
     )
     return attachment, history, time.process_time() - started
 
