@@ -14,8 +14,8 @@ from mmadapt.ops.reference import ACTIVATIONS
 
 def gates(attachment: Attachment) -> dict[str, Tensor]:
     """What the gates of every site multiply by, (heads,) or (1,) where a layer has one, by site name."""
-    found = {}
-    for key, layer in attachment.layers.items():
+    found, layers = {}, dict[str, Any](attachment.layers)
+    for key, layer in layers.items():
         if hasattr(layer, "gate") and hasattr(layer, "activation"):
             site = key.partition("/")[2].rpartition(":")[0]
             found[site] = ACTIVATIONS[layer.activation](layer.gate.detach().float()).cpu()

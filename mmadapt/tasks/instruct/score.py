@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -52,7 +52,7 @@ def answers(
     `visual`, (N, V) or (N, K, V), are features for the adapter, a row a prompt. An answer ends at the
     end's token or after `longest` tokens; special tokens are left out.
     """
-    tokenizer, model = tokenizer_of(m, tokenizer), unwrap_model(m)
+    tokenizer, model = tokenizer_of(m, tokenizer), cast(Any, unwrap_model(m))
     fill, found = padding(tokenizer, pad), []
     device = next(model.parameters()).device
     for start in range(0, len(prompts), BATCH):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -69,7 +69,7 @@ def stream(
     temperature=0.1`. `show` is given the answer so far, whole, after every piece; without it a
     notebook updates one output in place and a terminal is written to.
     """
-    tokenizer, model = tokenizer_of(m, tokenizer), unwrap_model(m)
+    tokenizer, model = tokenizer_of(m, tokenizer), cast(Any, unwrap_model(m))
     shown = show or (_Notebook(prompt) if in_notebook() else _Terminal())
     pieces = Pieces(tokenizer, shown)
     ids = torch.tensor(
