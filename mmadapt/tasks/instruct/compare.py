@@ -56,7 +56,7 @@ class Result:
     new: float
     perplexity: float
     #: exact match of what the backbone was trained for, with the adaptation on, and off if it can be
-    old_on: float
+    old_on: float | None
     old_off: float | None
     #: loss of the untrained attachment less that of the bare backbone
     start: float | None = None
@@ -131,12 +131,12 @@ def finish(
     old: Sequence[Example],
     **more: Any,
 ) -> Result:
-    """Measure an adapted model on the new task and on the old one, on and off."""
+    """Measure an adapted model on the new task and, where there is one, on the old one, on and off."""
     result = Result(
         name, history.parameters, more.pop("seed", 0), exact_match(m, new), perplexity(m, new),
-        exact_match(m, old), None, steps=len(history.losses), **more,
+        exact_match(m, old) if old else None, None, steps=len(history.losses), **more,
     )  # fmt: skip
-    if METHODS[name].adapters is not None:
+    if old and METHODS[name].adapters is not None:
         with disabled(m):
             result.old_off = exact_match(m, old)
     return result
