@@ -72,8 +72,9 @@ class GateRecord:
             row[0].set_ylabel("gate")
         for axis in axes[-1]:
             axis.set_xlabel("step")
-        if len(next(iter(self.values.values()))[0]) <= 8:
-            axes.flat[0].legend(fontsize=7, frameon=False)
+        if len(axes.flat[0].lines) <= 9:
+            handles = axes.flat[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside right center", fontsize=7, frameon=False)
         return figure
 
 
