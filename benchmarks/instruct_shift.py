@@ -229,10 +229,17 @@ def spread(values: list[float | None], scale: float = 100, digits: int = 1) -> s
     return f"{mean} ± {statistics.stdev(kept):.{digits}f}" if len(kept) > 1 else mean
 
 
+def finished(known: dict[str, Any]) -> list[int]:
+    """The seeds with which every method was run."""
+    done = {(row["method"], row["seed"]) for row in known["wording"]}
+    return [s for s in SEEDS if all((method, s) in done for method in compare.METHODS)]
+
+
 def wording_table(known: dict[str, Any]) -> str:
     """Markdown, a row a method."""
-    rows = known["wording"]
-    seeds = [s for s in SEEDS if sum(row["seed"] == s for row in rows) >= len(compare.METHODS)]
+    rows, seeds = known["wording"], finished(known)
+    if not seeds:
+        return "Not run yet; `python benchmarks/instruct_shift.py` does."
     lines = [
         "| method | trained | steps | rate | new wording | perplexity | old, on | old, off "
         "| training, CPU s |",

@@ -126,8 +126,10 @@ def measure(quick: bool) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown, a row a case."""
+def table(found: dict[str, Any] | None) -> str:
+    """Markdown, a row a case; a sentence where nothing was measured yet."""
+    if found is None:
+        return "Not run yet; `python benchmarks/zero_init_cost.py` does, on a machine that is idle."
     rows = found["rows"]
     lines = [
         "| | 64 tokens | one token | a step, 64 tokens | large: a step | large: memory of a step |",
@@ -152,7 +154,12 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(document: str, found: dict[str, Any]) -> str:
+def known() -> dict[str, Any] | None:
+    """What is committed."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else None
+
+
+def write(document: str, found: dict[str, Any] | None) -> str:
     begin, end = "<!-- cost table -->", "<!-- end of cost table -->"
     before, _, rest = document.partition(begin)
     _, _, after = rest.partition(end)
@@ -166,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.write:
-        DOCUMENT.write_text(write(DOCUMENT.read_text(), json.loads(RESULTS.read_text())))
+        DOCUMENT.write_text(write(DOCUMENT.read_text(), known()))
         return
     before = max(0.0, os.getloadavg()[0])
     rows = measure(options.quick)
