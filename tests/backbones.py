@@ -38,8 +38,18 @@ class Tiny:
     call: Callable[[Any, dict[str, Tensor]], Any] = _call
 
     def fresh(self) -> nn.Module:
-        """An own copy, in eval mode and with every tensor requiring a gradient."""
-        return copy.deepcopy(_prototype(self.name))
+        """An own copy, in eval mode and with every tensor requiring a gradient.
+
+        It shares the library's configurations, whose nested tables would take most of the time.
+        """
+        modules = self.prototype.modules()
+        configurations = [m.__dict__["config"] for m in modules if "config" in m.__dict__]
+        return copy.deepcopy(self.prototype, {id(each): each for each in configurations})
+
+    @property
+    def prototype(self) -> nn.Module:
+        """The one that is copied; only to be looked at."""
+        return _prototype(self.name)
 
     def outputs(self, model: Any, batch: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The main output tensors, rows first."""
@@ -47,7 +57,7 @@ class Tiny:
 
     @property
     def family(self) -> str:
-        return find_anatomy(_prototype(self.name)).family
+        return find_anatomy(self.prototype).family
 
 
 @functools.cache
@@ -1000,35 +1010,56 @@ VOLUMES: dict[str, Tiny] = {
 }
 
 
-def clouds(rows: int) -> dict[str, Tensor]:
+@_seeded
+def hf_clip_text() -> nn.Module:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(_hf_clip_config().text_config)
+
+
+def cloud(rows: int) -> Tensor:
     """Clouds of 40 points in the unit ball."""
     draw = torch.Generator().manual_seed(17)
     points = torch.randn(rows, 40, 3, generator=draw)
-    return {"pixel_values": points / points.norm(dim=-1, keepdim=True).clamp(min=1)}
+    return points / points.norm(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _classes_or_tokens(output: Any) -> tuple[Tensor, ...]:
     return (output if isinstance(output, Tensor) else output.last_hidden_state,)
 
 
-def _points_or_images(model: Any, batch: dict[str, Tensor]) -> Any:
-    try:
-        return model(**batch)
-    except ValueError as refused:  # as the embeddings' own forward does
-        if isinstance(refused, MmadaptError):
-            raise
-    rows = len(batch["pixel_values"])
-    flat = batch["pixel_values"].flatten(1)[:, : IMAGE * 7].repeat(1, 7)
-    image = flat[:, : 3 * IMAGE * 2].repeat(1, IMAGE // 2)
-    return getattr(model, "_orig_mod", model)(image.view(rows, 3, IMAGE, IMAGE))
+def _cloud_host(name: str, build: Callable, word: str, own: Callable[[int], Tensor]) -> Tiny:
+    """A backbone that is given clouds, and its own input, moved by them, where it refuses them."""
+
+    def call(model: Any, batch: dict[str, Tensor]) -> Any:
+        try:
+            return model(**batch)
+        except (ValueError, RuntimeError) as refused:  # as the embeddings' own forward does
+            if isinstance(refused, MmadaptError):
+                raise
+        rows = batch[word]
+        given = own(len(rows)).to(rows.device)
+        if given.is_floating_point():
+            given = given.to(rows.dtype) * (1 + rows.mean((1, 2)).view(-1, *[1] * (given.ndim - 1)))
+        return getattr(model, "_orig_mod", model)(**{word: given})
+
+    return Tiny(f"{name}_points", build, lambda rows: {word: cloud(rows)}, _classes_or_tokens, call)
 
 
-#: vision transformers as methods for clouds of points meet them
+#: transformers of images, sound and text as methods for clouds of points meet them
 CLOUDS: dict[str, Tiny] = {
-    f"{name}_points": Tiny(
-        f"{name}_points", BACKBONES[name].build, clouds, _classes_or_tokens, _points_or_images
+    tiny.name: tiny
+    for tiny in (
+        *(
+            _cloud_host(name, BACKBONES[name].build, "pixel_values", pixels)
+            for name in ("hf_vit", "hf_dinov2")
+        ),
+        _cloud_host(
+            "hf_ast", _hf_ast("Model"), "input_values", lambda rows: spectra(rows)["input_values"]
+        ),
+        _cloud_host("hf_clip_text", hf_clip_text, "input_ids", tokens),
+        _cloud_host("hf_bert", hf_bert, "input_ids", tokens),
     )
-    for name in ("hf_vit", "hf_dinov2")
 }
 
 ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES, **CLOUDS}

@@ -23,6 +23,7 @@ _DECODERS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClass
 _AUDIO = ("Model", "ForSequenceClassification")
 _SPEECH = (*_AUDIO, "ForCTC", "ForAudioFrameClassification", "ForXVector")
 _WAV2VEC2 = "wav2vec2:wav2vec2_anatomy"
+_TEXT = ("TextModel", "TextModelWithProjection")
 _VISION = ("VisionModel", "VisionModelWithProjection")
 
 #: fully qualified class name -> "module:function of the model" that returns its anatomy
@@ -35,6 +36,7 @@ KNOWN: dict[str, str] = {
     "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",
     **_transformers("clip:hf_clip_anatomy", "clip", "CLIP", ["Model"]),
     **_transformers("clip:hf_clip_vision_anatomy", "clip", "CLIP", _VISION),
+    **_transformers("clip_text:hf_clip_text_anatomy", "clip", "CLIP", _TEXT),
     **_transformers("siglip:siglip_anatomy", "siglip", "Siglip", ["Model"]),
     **_transformers(
         "siglip:siglip_vision_anatomy",
