@@ -111,7 +111,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Forward passes and steps of the small decoder, step and memory of the large one."""
     models = cases(TINY if quick else SMALL)
     ids = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
-    rounds = 3 if quick else 31
+    rounds = 3 if quick else 21
     found: dict[str, Any] = {}
     for name, own in (("64 tokens", ids), ("one token", ids[:, :1])):
         found[name] = timed({n: forward(m, own) for n, m in models.items()}, rounds, 3)

@@ -99,7 +99,7 @@ def test_the_demo_of_a_decoder_from_end_to_end(tmp_path):
     rows = {row["method"]: row for row in results["results"]}
     assert rows["backbone"]["new"] < 0.05 and rows["backbone"]["old_on"] > 0.9
     for method in ("LLaMA-Adapter", "LoRA (q, v)"):
-        assert rows[method]["new"] > 0.5
+        assert rows[method]["new"] > 0.3
         assert rows[method]["old_off"] == rows["backbone"]["old_on"]  # taken away, no trace
         assert rows[method]["old_on"] < rows[method]["old_off"]
     kept = float(re.search(r"adapter: .* ([\d.]+) % right", done.stdout)[1])
