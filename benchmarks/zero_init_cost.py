@@ -148,7 +148,8 @@ def table(found: dict[str, Any] | None) -> str:
     caveat = "" if calm else f" Other processes kept up to {others:.1f} cores busy meanwhile."
     lines.append(
         f"\nMedian CPU time of one thread and its ratio to the bare decoder's in the same round, 4 rows "
-        f"(large: 1 row of 64 tokens), {LENGTH} tokens in every layer. {found['machine']}, "
+        f"(large: 1 row of 64 tokens, two layers of the shapes of a Llama of a billion numbers), "
+        f"{LENGTH} tokens in every layer; a step of the bare decoder trains all of it. {found['machine']}, "
         f"{found['date']}.{caveat} `python benchmarks/zero_init_cost.py` writes it."
     )
     return "\n".join(lines)
