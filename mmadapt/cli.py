@@ -43,8 +43,9 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         "name",
         nargs="?",
         default="clip",
-        choices=("clip", "llama", "sam"),
-        help="clip: few-shot classification; llama: a new wording; sam: volumes from one click (clip)",
+        choices=("clip", "sam", "audio", "asr", "llama"),
+        help="clip: few-shot classification; sam: volumes from one click; audio: sounds in a noisy "
+        "hall; asr: whispered speech; llama: a new wording (clip)",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
@@ -52,7 +53,8 @@ def _demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--shots",
         type=int,
-        help="clip: images per class (16); llama: examples (200); sam: volumes to train on (24)",
+        help="clip: images per class (16); sam: volumes to train on (24); audio: clips per class (10); "
+        "asr: clips to train on (all 300); llama: examples (200)",
     )
     demo.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"

@@ -208,6 +208,37 @@ def test_the_cost_of_zero_initialised_attention_can_be_measured_and_written(monk
         sys.modules.pop(name, None)
 
 
+# -- sounds ---------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_study_of_sounds_are_those_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sound_shift
+
+    known = json.loads(sound_shift.RESULTS.read_text())
+    page = sound_shift.PAGE.read_text()
+    assert sound_shift.write(page, known) == page
+    assert not sound_shift.missing(known)
+    known["rows"][0]["accuracy"] = 0.123
+    assert sound_shift.write(page, known) != page
+    for name in ("sound_shift", "machine"):
+        sys.modules.pop(name, None)
+
+
+def test_the_study_of_sounds_was_run_on_what_is_shipped_at_the_rates_that_were_chosen():
+    import mmadapt as mm
+    from mmadapt.tasks.tagging import compare
+
+    known = json.loads((BENCHMARKS / "sound_shift.json").read_text())
+    assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
+    assert known["rates"] == {name: method.rate for name, method in compare.METHODS.items()}
+    for name, tried in known["choice"]["validation_accuracy"].items():
+        assert f"{known['rates'][name]:g}" == max(tried, key=tried.__getitem__)
+    frozen = next(row for row in known["rows"] if row["method"] == "frozen")
+    for row in known["rows"]:  # an adapter that is off leaves no trace on the source task
+        assert row["source_off"] in (None, frozen["source_on"])
+
+
 # -- SAM ------------------------------------------------------------------------------------------
 
 SAM = json.loads((BENCHMARKS / "sam_cost.json").read_text())

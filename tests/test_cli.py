@@ -82,7 +82,51 @@ def test_the_demo_of_volumes_from_end_to_end(tmp_path):
     assert page.count("data:image/png;base64,") == 4 and "best fixed ellipsoid" in page
 
 
-@pytest.mark.parametrize("name", ["clip", "llama", "sam"])
+@pytest.mark.slow
+def test_the_demo_of_speech_from_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mmadapt", "demo", "asr", "--out", str(out), "--shots", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded into a fresh backbone in a second process" in done.stdout
+    rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())["results"]}
+    cer = {method: row["cer"]["whispers"] for method, row in rows.items()}
+    assert cer["ConvAdapter"] < 0.5 * cer["frozen"]
+    for row in rows.values():  # taken away, an adapter leaves no trace
+        assert row["wer_off"] == rows["frozen"]["wer"]
+    page = (out / "report.html").read_text()
+    assert page.count("data:audio/wav;base64,") == 5 and page.count("data:image/png;base64,") == 1
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["clips"] == 40
+
+
+@pytest.mark.slow
+def test_the_demo_of_sounds_from_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mmadapt", "demo", "audio", "--out", str(out), "--shots", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded into a fresh backbone in a second process" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in results["results"]}
+    accuracy = {method: row["accuracy"] for method, row in rows.items()}
+    assert accuracy["Bottleneck"] > accuracy["frozen"] + 0.05
+    assert accuracy["frozen"] > 2 / 13
+    for row in rows.values():  # taken away, an adapter leaves no trace
+        assert row["source_off"] in (None, rows["frozen"]["source_on"])
+    kept = float(re.search(r"adapter: .* accuracy ([\d.]+) %", done.stdout)[1])
+    assert kept == pytest.approx(100 * accuracy["ConvAdapter"], abs=0.01)
+    assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["shots"] == 6
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6 and "linear probe" in page
+    assert page.count("<audio") == 12  # clean and noisy ones, and those that the adapter gained
+
+
+def test_a_demo_of_too_few_clips_is_explained(tmp_path, capsys):
+    assert main(["demo", "audio", "--out", str(tmp_path / "out"), "--shots", "1"]) == 1
+    assert "shots is 1, expected at least 2 clips of every class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["clip", "llama", "sam", "audio", "asr"])
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
     assert "no adapter folder at" in capsys.readouterr().err

@@ -22,7 +22,10 @@ ROLES = {
     "generation_config.json": "config",
     "tokenizer.json": "tokenizer",
     "tokenizer_config.json": "tokenizer",
+    "vocab.json": "tokenizer",
     "metrics.json": "metrics",
+    "clips.opus": "clips",
+    "clips.json": "clips",
 }
 
 
