@@ -42,6 +42,7 @@ DEMOS = {
     "volume": ("clicks in three dimensions, a real scan from NIfTI to NIfTI", "volumes (24)"),
     "audio": ("sounds in a noisy hall", "clips a class (10)"),
     "asr": ("whispered speech", "clips to train on (all 300)"),
+    "llama": ("a new wording for what a small decoder can do", "examples (200)"),
 }
 
 

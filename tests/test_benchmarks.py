@@ -174,6 +174,52 @@ def test_the_study_was_run_on_the_weights_that_are_shipped():
         assert row["source_off"] in ({}, frozen["source_on"])
 
 
+# -- decoders ---------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_study_of_wordings_are_those_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import instruct_shift as study
+
+    import mmadapt as mm
+
+    known = json.loads(study.RESULTS.read_text())
+    page = study.PAGE.read_text()
+    assert study.write(page, known) == page
+    assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
+    rates, (backbone, *rows) = study.chosen(known), known["wording"]
+    assert study.finished(known)  # with these seeds every method was run
+    assert {row["method"] for row in known["choose"]} <= set(study.SETTINGS["rates"])
+    for row in rows:
+        assert row["rate"] == rates[row["method"]]
+        assert row["start"] == 0.0
+        assert row["old_off"] in (
+            None,
+            backbone["old_on"],
+        )  # taken away, an adapter leaves no trace
+    rows[0]["new"] = 0.123
+    assert study.write(page, known) != page
+    del sys.modules["instruct_shift"]
+
+
+def test_the_cost_of_zero_initialised_attention_can_be_measured_and_written(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import zero_init_cost as cost
+
+    page = cost.DOCUMENT.read_text()
+    assert cost.write(page, cost.known()) == page
+    rows = cost.measure(quick=True)
+    found = {"rows": rows, "machine": "one", "date": "today", "load_of_others": [0.0, 2.5]}
+    table = cost.table(found)
+    for name in ("bare", "mmadapt, a gate per head", "mmadapt, a gate per layer"):
+        assert rows["one token"][name]["ratio"][1] > 0
+        assert f"| {name} | " in table
+    assert "Other processes kept up to 2.5 cores busy" in table
+    assert "kept up to" not in cost.table({**found, "load_of_others": [0.0, 0.1]})
+    for name in ("zero_init_cost", "cost_clock", "machine"):
+        sys.modules.pop(name, None)
+
+
 # -- sounds ---------------------------------------------------------------------------------------
 
 

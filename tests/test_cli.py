@@ -28,7 +28,7 @@ def test_an_error_is_one_message_and_exit_code_1(capsys):
 
 def test_wrong_usage_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["demo", "llama"])
+        main(["demo", "parrot"])
     assert stop.value.code == 2
 
 
@@ -172,6 +172,31 @@ def test_the_demo_of_volumes_needs_nibabel_and_says_so_first(tmp_path, capsys, m
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
     assert "no adapter folder at" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_decoder_from_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mmadapt", "demo", "llama", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loaded into a fresh backbone in a second process" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in results["results"]}
+    assert rows["backbone"]["new"] < 0.05 and rows["backbone"]["old_on"] > 0.9
+    for method in ("LLaMA-Adapter", "LoRA (q, v)"):
+        assert rows[method]["new"] > 0.3
+        assert rows[method]["old_off"] == rows["backbone"]["old_on"]  # taken away, no trace
+        assert rows[method]["old_on"] < rows[method]["old_off"]
+    kept = float(re.search(r"adapter: .* ([\d.]+) % right", done.stdout)[1])
+    assert kept == pytest.approx(100 * rows["LLaMA-Adapter"]["new"], abs=0.1)
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "LLaMA-Adapter" in page
+
+
+def test_a_demo_without_examples_is_explained(tmp_path, capsys):
+    assert main(["demo", "llama", "--out", str(tmp_path / "out"), "--shots", "0"]) == 1
+    assert "shots is 0, expected at least 1 example" in capsys.readouterr().err
 
 
 def test_a_demo_without_volumes_is_explained(tmp_path, capsys):

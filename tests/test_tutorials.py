@@ -56,6 +56,20 @@ def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
     assert "equal: True" in text
 
 
+def test_a_new_wording_is_learned_and_the_old_ones_come_back():
+    """What the text around these numbers says."""
+    text = printed("06_llama_adapter")
+    rows = {
+        name: [float(found) for found in re.findall(r"\d\.\d+", line)]
+        for name, line in re.findall(r"^(new wording|old wordings) +100 +(.*)$", text, re.M)
+    }
+    new_on, new_off = rows["new wording"][:2]
+    old_on, old_off = rows["old wordings"][:2]
+    assert new_off == 0 and 0.35 < new_on < 0.65
+    assert old_off > 0.95 and old_on < 0.5
+    assert text.count("equal: True") == 2
+
+
 def test_sounds_are_found_better_in_the_hall_and_the_studio_is_kept():
     """What the text around these numbers says."""
     text = printed("04_sounds")

@@ -74,8 +74,8 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
             model = _log_mel(folder)
         else:
             model = _transformers(folder, quiet=item is not None)
-        tokenize = _characters(folder) if type(model).__name__.endswith("ForCTC") else None
-        return Backbone(model, _preprocess(folder), tokenize, entry=item)
+        reads = _characters if type(model).__name__.endswith("ForCTC") else _tokenizer
+        return Backbone(model, _preprocess(folder), reads(folder), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
@@ -85,9 +85,8 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
 def _transformers(folder: Path, quiet: bool) -> nn.Module:
     """A model of the class and precision its configuration names; the global random state stays.
 
-    A class without an anatomy of its own, such as one for pretraining, gives its bare encoder.
-
-    `quiet` keeps transformers' progress bar away, which a model of a few megabytes does not need.
+    A class without an anatomy of its own, such as one for pretraining, gives its bare encoder. `quiet`
+    keeps transformers' progress bar away, which a model of a few megabytes does not need.
     """
     import torch
     import transformers
@@ -106,6 +105,15 @@ def _transformers(folder: Path, quiet: bool) -> nn.Module:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside the model, None where there is none; nothing is fetched."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _hears_log_mel(folder: Path) -> bool:
