@@ -150,6 +150,18 @@ def test_the_tables_of_the_segmentation_study_are_those_of_its_numbers(monkeypat
     del sys.modules["segment_shift"]
 
 
+def test_the_table_of_the_demo_of_volumes_is_that_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import volume_demo
+
+    known = json.loads(volume_demo.RESULTS.read_text())
+    page = volume_demo.PAGE.read_text()
+    assert volume_demo.write(page, known) == page
+    known["clicks"]["frozen"][0][1] += 0.5
+    assert volume_demo.write(page, known) != page
+    del sys.modules["volume_demo"]
+
+
 def test_the_study_was_run_on_the_weights_that_are_shipped():
     import mmadapt as mm
 

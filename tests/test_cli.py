@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mmadapt.cli import main
+from mmadapt.cli import DEMOS, main
 
 
 def test_zoo_list_and_show(capsys):
@@ -126,7 +126,49 @@ def test_a_demo_of_too_few_clips_is_explained(tmp_path, capsys):
     assert "shots is 1, expected at least 2 clips of every class" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["clip", "llama", "sam", "audio", "asr"])
+@pytest.mark.slow
+def test_the_demo_of_clicked_volumes_from_end_to_end(tmp_path, monkeypatch):
+    """Few steps, since what is learned is shown elsewhere: every part, and a scan that comes back."""
+    import nibabel
+    import numpy
+
+    from mmadapt.demos import sam, volume
+    from mmadapt.tasks.volume import read_mask, read_nifti
+
+    monkeypatch.setattr(sam, "STEPS", 12)
+    monkeypatch.setattr(volume, "CLICKED", 3)
+    said = []
+    results = volume.run(tmp_path / "out", shots=4, show=said.append)
+    text = "\n".join(said)
+    dice = {result.method: result.mean for result in results}
+    assert list(dice) == [
+        "frozen", "best fixed ellipsoid", "full fine-tuning", "Bottleneck", "MedSA, with depth"
+    ]  # fmt: skip
+    assert dice["full fine-tuning"] > dice["frozen"]
+    assert "every Dice equal" in text and "voxels and affine equal" in text
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: numpy.shape(rows) for name, rows in found["clicks"].items()} == {
+        name: (3, 3) for name in ("frozen", "Bottleneck", "MedSA, with depth")
+    }
+    manifest = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())
+    assert manifest["input"] == {"depth": 12}
+    scan = read_nifti(volume.scan_file(), t=0)
+    path = tmp_path / "out" / "prediction.nii.gz"
+    mask = read_mask(path, like=scan)
+    assert mask[:6].sum() == 0  # the part that was not looked at
+    assert numpy.array_equal(nibabel.load(path).affine, scan.affine)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "has no labels" in page
+
+
+def test_the_demo_of_volumes_needs_nibabel_and_says_so_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert main(["demo", "volume", "--out", str(tmp_path / "out")]) == 1
+    assert "pip install 'mmadapt[medical]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", DEMOS)
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
     assert "no adapter folder at" in capsys.readouterr().err
@@ -173,7 +215,7 @@ def test_a_kept_adapter_is_verified_in_another_process(tmp_path):
     mm.attach(model, mm.Bottleneck(2), at="vision.layers[0].mlp", name="untrained")
     mm.save(model, tmp_path / "adapter")
     _, test = sam.task(1)
-    verdict = sam._verdict(score_dice(predictions(model, test), test), test)
+    verdict = sam.verdict(score_dice(predictions(model, test), test), test)
     kept.confirm("sam", tmp_path / "adapter", verdict)
     verdict["dice"][3] += 1e-9
     with pytest.raises(CheckError, match="in a second process"):

@@ -34,7 +34,7 @@ def printed(name: str) -> str:
 
 
 def test_there_are_tutorials():
-    names = {"01_five_minutes", "02_sam_slices", "04_sounds", "05_speech"}
+    names = {"01_five_minutes", "02_sam_slices", "03_volumes", "04_sounds", "05_speech"}
     assert {path.stem for path in NOTEBOOKS} >= names
 
 
@@ -99,3 +99,13 @@ def test_whispers_are_learned_from_other_sentences_and_known_voices_come_back():
     assert off == known < 5 and whispers > 90
     assert float(re.search(r"in chunks: ([\d.]+) %", text)[1]) < 0.5 * whispers  # type: ignore[index]
     assert "equal: True" in text
+
+
+def test_volumes_are_found_better_along_the_depth_and_saved_where_they_lie():
+    """What the text around these numbers says."""
+    text = printed("03_volumes")
+    dice = dict(re.findall(r"^(frozen|slice-wise|depth-aware) +Dice ([\d.]+)", text, re.M))
+    assert float(dice["depth-aware"]) > float(dice["slice-wise"]) + 0.03
+    assert float(dice["slice-wise"]) > float(dice["frozen"]) + 0.2
+    assert "on the scan's grid: True" in text and "equal: True" in text
+    assert len(re.findall(r"^\* ", text, re.M)) == 10  # refusals
