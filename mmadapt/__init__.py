@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.attach import active, attach, attachments, detach, disabled, set_active
     from mmadapt.core.attachment import Attachment
+    from mmadapt.core.average import average
     from mmadapt.core.backbone import Backbone
     from mmadapt.core.check import check
     from mmadapt.core.compose import Stack, Sum
@@ -78,6 +79,7 @@ _HOMES = {
     "mmadapt.core.anatomy": "Anatomy",
     "mmadapt.core.attach": "active attach attachments detach disabled set_active",
     "mmadapt.core.attachment": "Attachment",
+    "mmadapt.core.average": "average",
     "mmadapt.core.backbone": "Backbone",
     "mmadapt.core.check": "check",
     "mmadapt.core.compose": "Stack Sum",

@@ -35,6 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+#: what a demo shows, and what its shots are
+DEMOS = {
+    "clip": ("few-shot classification, which is what runs without a name", "images a class (16)"),
+    "sam": ("stacks of slices from one click", "volumes to train on (24)"),
+    "volume": ("clicks in three dimensions, a real scan from NIfTI to NIfTI", "volumes (24)"),
+    "audio": ("sounds in a noisy hall", "clips a class (10)"),
+    "asr": ("whispered speech", "clips to train on (all 300)"),
+    "llama": ("a new wording for what a small decoder can do", "examples (200)"),
+}
+
+
 def _demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo", help="adapt a small backbone that comes with the package, and report"
@@ -43,14 +54,16 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         "name",
         nargs="?",
         default="clip",
-        choices=("clip", "sam"),
-        help="clip: few-shot classification; sam: volumes from one click (clip)",
+        choices=tuple(DEMOS),
+        help="; ".join(f"{name}: {what}" for name, (what, _) in DEMOS.items()),
     )
     demo.add_argument(
         "--out", type=Path, default=Path("mmadapt-demo"), help="folder for report and adapter"
     )
     demo.add_argument(
-        "--shots", type=int, help="clip: images per class (16); sam: volumes to train on (24)"
+        "--shots",
+        type=int,
+        help="; ".join(f"{name}: {shots}" for name, (_, shots) in DEMOS.items()),
     )
     demo.add_argument(
         "--seeds", type=int, nargs="+", default=[1], help="seeds of draws and training (1)"

@@ -610,6 +610,90 @@ def waves(rows: int) -> dict[str, Tensor]:
     return {"input_values": wave * mask, "attention_mask": mask}
 
 
+CONFORMER = {
+    "conv_depthwise_kernel_size": 5,
+    "conformer_conv_dropout": 0.0,
+    "feature_projection_input_dim": SPECTRUM[1],
+}
+
+
+@_seeded
+def hf_parakeet() -> nn.Module:
+    """Two halvings of the frames, then blocks, and a CTC head."""
+    import transformers
+
+    encoder = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "intermediate_size": 2 * WIDTH,
+        "conv_kernel_size": 5,
+        "subsampling_factor": 4,
+        "subsampling_conv_channels": DIM,
+        "num_mel_bins": SPECTRUM[1],
+        "max_position_embeddings": 64,
+    }
+    encoder |= {f"{w}dropout": 0.0 for w in ("", "attention_", "activation_")}
+    encoder |= {"dropout_positions": 0.0, "layerdrop": 0.0}
+    config = transformers.ParakeetCTCConfig(
+        vocab_size=VOCABULARY, pad_token_id=0, encoder_config=encoder
+    )
+    return transformers.ParakeetForCTC(config)
+
+
+def _hf_whisper(head: str, **changes: Any) -> Callable[[], nn.Module]:
+    @_seeded
+    def build() -> nn.Module:
+        import transformers
+
+        options = {
+            "d_model": WIDTH,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": 2 * WIDTH,
+            "decoder_ffn_dim": 2 * WIDTH,
+            "num_mel_bins": SPECTRUM[1],
+            "max_source_positions": SPECTRUM[0] // 2,
+            "max_target_positions": 16,
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": VOCABULARY - 1,
+            "decoder_start_token_id": 1,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+            "num_labels": CLASSES,
+            "classifier_proj_size": DIM,
+            "use_cache": False,
+        }
+        config = transformers.WhisperConfig(**{**options, **changes})
+        return getattr(transformers, f"Whisper{head}")(config)
+
+    return build
+
+
+def mels(rows: int) -> dict[str, Tensor]:
+    """Spectrograms (rows, frames, mel bins), the later ones padded, and their mask."""
+    draw = torch.Generator().manual_seed(18)
+    spectrum = torch.randn(rows, *SPECTRUM, generator=draw)
+    mask = torch.ones(rows, SPECTRUM[0], dtype=torch.long)
+    for row in range(rows):
+        mask[row, SPECTRUM[0] - row % 3 * SPECTRUM[0] // 4 :] = 0
+    return {"input_features": spectrum * mask[..., None], "attention_mask": mask}
+
+
+def spoken(rows: int) -> dict[str, Tensor]:
+    """Spectrograms (rows, mel bins, frames) as Whisper takes them, and the tokens said."""
+    draw = torch.Generator().manual_seed(19)
+    return {
+        "input_features": torch.randn(rows, SPECTRUM[1], SPECTRUM[0], generator=draw),
+        "decoder_input_ids": tokens(rows),
+    }
+
+
 # -- models of no known family, for the generic anatomy ----------------------------------------
 
 
@@ -839,6 +923,18 @@ BACKBONES: dict[str, Tiny] = {
             waves,
             lambda output: (output.last_hidden_state,),
         ),
+        Tiny(
+            "hf_wav2vec2_bert",
+            _hf_speech("Wav2Vec2Bert", "ForCTC", **CONFORMER),
+            mels,
+            lambda output: (output.logits,),
+        ),
+        Tiny(
+            "hf_whisper",
+            _hf_whisper("ForConditionalGeneration"),
+            spoken,
+            lambda output: (output.logits,),
+        ),
         Tiny("timm_swin", timm_swin, lambda rows: {"x": pixels(rows)}, lambda output: (output,)),
         Tiny(
             "own_transformer",
@@ -966,6 +1062,17 @@ RELATIVES: dict[str, Tiny] = {
             _logits,
         ),
         Tiny("hf_wavlm_base", _hf_speech("WavLM", "ForCTC"), waves, _logits),
+        Tiny(
+            "hf_conformer", _hf_speech("Wav2Vec2Conformer", "ForCTC", **CONFORMER), waves, _logits
+        ),
+        Tiny("hf_parakeet", hf_parakeet, mels, _logits),
+        Tiny("hf_whisper_bare", _hf_whisper("Model"), spoken, _hidden),
+        Tiny(
+            "hf_whisper_classifier",
+            _hf_whisper("ForAudioClassification"),
+            lambda rows: {"input_features": spoken(rows)["input_features"]},
+            _logits,
+        ),
         Tiny("timm_registers", _timm_vit(reg_tokens=4), lambda n: {"x": pixels(n)}, lambda y: (y,)),
         Tiny(
             "timm_averaged",
@@ -1010,35 +1117,56 @@ VOLUMES: dict[str, Tiny] = {
 }
 
 
-def clouds(rows: int) -> dict[str, Tensor]:
+@_seeded
+def hf_clip_text() -> nn.Module:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(_hf_clip_config().text_config)
+
+
+def cloud(rows: int) -> Tensor:
     """Clouds of 40 points in the unit ball."""
     draw = torch.Generator().manual_seed(17)
     points = torch.randn(rows, 40, 3, generator=draw)
-    return {"pixel_values": points / points.norm(dim=-1, keepdim=True).clamp(min=1)}
+    return points / points.norm(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _classes_or_tokens(output: Any) -> tuple[Tensor, ...]:
     return (output if isinstance(output, Tensor) else output.last_hidden_state,)
 
 
-def _points_or_images(model: Any, batch: dict[str, Tensor]) -> Any:
-    try:
-        return model(**batch)
-    except ValueError as refused:  # as the embeddings' own forward does
-        if isinstance(refused, MmadaptError):
-            raise
-    rows = len(batch["pixel_values"])
-    flat = batch["pixel_values"].flatten(1)[:, : IMAGE * 7].repeat(1, 7)
-    image = flat[:, : 3 * IMAGE * 2].repeat(1, IMAGE // 2)
-    return getattr(model, "_orig_mod", model)(image.view(rows, 3, IMAGE, IMAGE))
+def _cloud_host(name: str, build: Callable, word: str, own: Callable[[int], Tensor]) -> Tiny:
+    """A backbone that is given clouds, and its own input, moved by them, where it refuses them."""
+
+    def call(model: Any, batch: dict[str, Tensor]) -> Any:
+        try:
+            return model(**batch)
+        except (ValueError, RuntimeError) as refused:  # as the embeddings' own forward does
+            if isinstance(refused, MmadaptError):
+                raise
+        rows = batch[word]
+        given = own(len(rows)).to(rows.device)
+        if given.is_floating_point():
+            given = given.to(rows.dtype) * (1 + rows.mean((1, 2)).view(-1, *[1] * (given.ndim - 1)))
+        return getattr(model, "_orig_mod", model)(**{word: given})
+
+    return Tiny(f"{name}_points", build, lambda rows: {word: cloud(rows)}, _classes_or_tokens, call)
 
 
-#: vision transformers as methods for clouds of points meet them
+#: transformers of images, sound and text as methods for clouds of points meet them
 CLOUDS: dict[str, Tiny] = {
-    f"{name}_points": Tiny(
-        f"{name}_points", BACKBONES[name].build, clouds, _classes_or_tokens, _points_or_images
+    tiny.name: tiny
+    for tiny in (
+        *(
+            _cloud_host(name, BACKBONES[name].build, "pixel_values", pixels)
+            for name in ("hf_vit", "hf_dinov2")
+        ),
+        _cloud_host(
+            "hf_ast", _hf_ast("Model"), "input_values", lambda rows: spectra(rows)["input_values"]
+        ),
+        _cloud_host("hf_clip_text", hf_clip_text, "input_ids", tokens),
+        _cloud_host("hf_bert", hf_bert, "input_ids", tokens),
     )
-    for name in ("hf_vit", "hf_dinov2")
 }
 
 ALL: dict[str, Tiny] = {**BACKBONES, **RELATIVES, **VOLUMES, **CLOUDS}

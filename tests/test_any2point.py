@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import BACKBONES, clouds
+from backbones import BACKBONES, CLOUDS, cloud
 from snapshot import assert_close, differ, randomise, state
 from torch import Tensor
 from torch.nn import functional as F
 
 import mmadapt as mm
 from mmadapt.ops.points import (
+    along_line,
     farthest_points,
     first_of,
     neighbours,
@@ -21,6 +22,7 @@ from mmadapt.ops.points import (
     projected,
     region_max,
     region_mean,
+    rows_at,
     together,
     views,
     waves,
@@ -37,7 +39,30 @@ def adapted(name: str = "hf_vit", amount: float = 0.1, **changes: Any) -> tuple[
 
 def run(model: Any, points: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return model(pixel_values=clouds(3)["pixel_values"] if points is None else points)
+        return model(pixel_values=cloud(3) if points is None else points)
+
+
+#: of every host of clouds: its tower, and the place of the class token
+TOWERS = {
+    "hf_vit_points": ("vision", 0),
+    "hf_dinov2_points": ("vision", 0),
+    "hf_ast_points": ("audio", 0),
+    "hf_clip_text_points": ("text", -1),
+    "hf_bert_points": ("text", 0),
+}
+every_tower = pytest.mark.parametrize("name", TOWERS)
+
+
+def on_tower(name: str, amount: float = 0.1, **changes: Any) -> tuple[Any, Any]:
+    model: Any = CLOUDS[name].fresh()
+    wanted = {"classes": 5, "tower": TOWERS[name][0], "voxel": 0.5, **TINY, **changes}
+    attachment = mm.attach(model, mm.Any2Point(**wanted))
+    return model, randomise(attachment, amount) if amount else attachment
+
+
+def given(model: Any, points: Tensor) -> Any:
+    with torch.no_grad():
+        return model(**{model.main_input_name: points})
 
 
 # -- size -----------------------------------------------------------------------------------------
@@ -53,15 +78,32 @@ def test_the_published_size() -> None:
     assert sum(found.values()) == 800_760
 
 
+@pytest.mark.parametrize(("tower", "width", "told"), [("audio", 12, "0.8"), ("text", 16, "0.9")])
+def test_the_sizes_told_of_audio_and_text(tower: str, width: int, told: str) -> None:
+    """As the vision's exact count with another bottleneck; published to one place, cut off."""
+    from transformers import ASTConfig, ASTModel, CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        audio = ASTModel(ASTConfig(max_length=204))  # 12 bands of 19 patches
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_attention_heads=12))
+    model = {"audio": audio, "text": text}[tower]
+    rows = mm.plan(model, mm.Any2Point(tower=tower)).records()
+    count = sum(row["parameters"] for row in rows)
+    assert count == 800_760 + 12 * (width - 8) * (2 * 768 + 1)
+    assert f"{count / 1e6:.4f}"[:3] == told
+    if tower == "audio":
+        assert audio.embeddings.position_embeddings.shape[1] == 2 + 228
+
+
 # -- geometry ---------------------------------------------------------------------------------------
 
 
 def test_farthest_points_by_brute_force() -> None:
     points = torch.randn(2, 30, 3)
-    for cloud, found in zip(points, farthest_points(points, 7).tolist(), strict=True):
+    for points_of, found in zip(points, farthest_points(points, 7).tolist(), strict=True):
         chosen = [0]
         while len(chosen) < 7:
-            apart = torch.cdist(cloud, cloud[chosen]).amin(1)
+            apart = torch.cdist(points_of, points_of[chosen]).amin(1)
             chosen.append(int(apart.argmax()))
         assert found == chosen
 
@@ -120,6 +162,38 @@ def test_positions_are_read_between_patches() -> None:
     assert found.flatten().tolist() == pytest.approx([0.0, 3.0, 1.5], abs=1e-5)
 
 
+def test_a_line_reaches_from_the_first_point_along_it_to_the_last() -> None:
+    points = torch.randn(2, 9, 3, dtype=torch.float64)
+    found = along_line(points, (-1.0, 0.0, 2.0), 12)
+    assert found.shape == (2, 6, 9)
+    for view, rotation in enumerate(views(torch.float64)):
+        for one in range(2):
+            turned = points[one] @ rotation
+            far = turned @ torch.tensor([-1.0, 0.0, 2.0]).double()
+            expected = 11 * (far - far.min()) / (far.max() - far.min())
+            assert torch.allclose(found[one, view], expected)
+    assert torch.equal(along_line(torch.zeros(1, 3, 3), (0, 0, 1), 5), torch.zeros(1, 6, 3))
+
+
+def test_a_view_turns_a_line_as_it_turns_an_image() -> None:
+    """The third axis of a view is what its image looks along."""
+    points = torch.randn(1, 9, 3)
+    deep = torch.einsum("btc,vcd->bvtd", points, views())[..., 2]
+    found = along_line(points, (0.0, 0.0, 1.0), 9)
+    for view in range(6):
+        assert torch.equal(found[0, view].argsort(), deep[0, view].argsort())
+
+
+def test_words_positions_are_read_between_rows_and_on_them() -> None:
+    table = torch.randn(4, 5)
+    found = rows_at(table, torch.tensor([[0.0, 1.0, 3.0], [2.25, 0.5, 2.0]]))
+    assert torch.equal(found[0], table[[0, 1, 3]])  # whole places are no zeros
+    assert torch.allclose(found[1, 0], 0.75 * table[2] + 0.25 * table[3])
+    assert torch.allclose(found[1, 1], (table[0] + table[1]) / 2)
+    assert torch.equal(found[1, 2], table[2])
+    assert torch.equal(rows_at(table[:1], torch.zeros(2)), table[[0, 0]])
+
+
 def test_regions_by_brute_force() -> None:
     cells = torch.tensor([[[0, 1], [2, 2], [0, 1], [2, 3], [2, 2]]])
     x = torch.randn(1, 5, 3)
@@ -146,7 +220,9 @@ def test_regions_are_normalised_as_batch_norm_does() -> None:
     mean, variance = layer.mean[3].clone(), layer.variance[3].clone()
     layer.train()
     with torch.no_grad():
-        found = layer._regions(x, first, 3)
+        found = layer._regions(x.expand(2, -1, -1, -1), first.expand(2, -1, -1), slice(3, 5))
+        assert differ((found[0],), (found[1],))
+        found = found[0]
     expected = F.gelu(
         F.batch_norm(held, mean, variance, layer.scale[3], layer.shift[3], training=True)
     )
@@ -155,18 +231,25 @@ def test_regions_are_normalised_as_batch_norm_does() -> None:
     assert not layer.mean[2].any()
 
 
-def test_the_class_token_has_no_regions_and_tokens_do() -> None:
-    model, attachment = adapted(classes=None)
-    layer = attachment.layers["0/vision.layers[0]:out"]
+@every_tower
+def test_the_class_token_has_no_regions_and_tokens_do(name: str) -> None:
+    tower, place = TOWERS[name]
+    model, attachment = on_tower(name)
+    layer = attachment.layers[f"0/{tower}.layers[0]:out"]
     seen: list[Any] = []
-    block = model.layers[0]
-    block.register_forward_hook(lambda module, args, output: seen.append(output))
-    run(model)
-    with torch.no_grad():
-        layer.share_of_views = 0.0
-    run(model)
-    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
-    assert differ((seen[0][:, 1:],), (seen[1][:, 1:],))
+    blocks: Any = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    blocks[0].register_forward_hook(
+        lambda module, args, output: seen.append(
+            output if isinstance(output, Tensor) else output[0]
+        )
+    )
+    given(model, cloud(3))
+    layer.share_of_views = 0.0
+    given(model, cloud(3))
+    one, other = seen
+    assert torch.equal(one[:, place], other[:, place])
+    changed = (one - other).abs().amax((0, 2)) > 0
+    assert changed.sum() == changed.numel() - 1
 
 
 def test_the_backbones_own_positions_are_used() -> None:
@@ -179,20 +262,92 @@ def test_the_backbones_own_positions_are_used() -> None:
 
 def run_tokens(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(**clouds(2)).last_hidden_state
+        return model(cloud(2)).last_hidden_state
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "hf_dinov2"])
+@every_tower
 def test_clouds_give_classes_or_tokens(name: str) -> None:
-    assert run(adapted(name)[0]).shape == (3, 5)
-    model, attachment = adapted(name, classes=None)
-    assert run_tokens(model).shape == (2, 9, 16)
-    assert not any("model" in key for key in attachment.layers)
+    model, _ = on_tower(name)
+    assert given(model, cloud(3)).shape == (3, 5)
+    model, _ = on_tower(name, classes=None)
+    found = given(model, cloud(2))
+    assert found.last_hidden_state.shape == (2, 9, 16)
+    if name == "hf_clip_text_points":  # it pools where a text ends: at the class token
+        assert torch.equal(found.pooler_output, found.last_hidden_state[:, -1])
+
+
+def test_clips_text_tower_alone_has_the_roles_of_the_whole() -> None:
+    whole: Any = BACKBONES["hf_clip"].fresh()
+    model: Any = CLOUDS["hf_clip_text_points"].fresh()
+    q = "text.layers[*].attn.q"
+    named = {str(row["site"]) for row in mm.plan(whole, mm.LoRA(2), at=q).records()}
+    assert named == {str(r["site"]) for r in mm.plan(model, mm.LoRA(2), at=q).records()}
+    attachment = randomise(mm.attach(model, mm.LoRA(2), at=q))
+    ids = torch.tensor([[3, 4, 31], [5, 31, 0]])
+    adapted = model(input_ids=ids).last_hidden_state
+    attachment.detach()
+    assert differ((adapted,), (model(input_ids=ids).last_hidden_state,))
+
+
+@every_tower
+def test_more_tokens_than_positions_are_no_more_than_places_between_them(name: str) -> None:
+    model, _ = on_tower(name, classes=None, tokens=10)
+    assert given(model, cloud(2)).last_hidden_state.shape == (2, 11, 16)
+
+
+@every_tower
+def test_a_cloud_means_the_same_alone_and_every_time(name: str) -> None:
+    """Neither ranges nor centres come from batch mates or from chance."""
+    model, _ = on_tower(name)
+    points = cloud(3)
+    points[1] *= 0.3
+    together = given(model, points)
+    assert torch.equal(given(model, points), together)
+    for row in range(3):
+        assert_close((given(model, points[row : row + 1]),), (together[row : row + 1],), 1e-5)
+
+
+@every_tower
+def test_a_half_precision_backbone_takes_clouds_of_full_precision(name: str) -> None:
+    model = CLOUDS[name].fresh().bfloat16()
+    attachment = mm.attach(model, mm.Any2Point(5, TOWERS[name][0], **{**TINY, "voxel": 0.5}))
+    assert {p.dtype for p in attachment.parameters()} == {torch.float32}
+    found = given(model, cloud(3))
+    assert found.isfinite().all()
+    assert differ((found[0],), (found[1],))
+
+
+@pytest.mark.parametrize("name", ["hf_clip_text_points", "hf_bert_points"])
+def test_the_positions_of_words_are_used(name: str) -> None:
+    model, _ = on_tower(name)
+    before = given(model, cloud(3))
+    table = next(p for n, p in model.named_parameters() if "position_embedding" in n)
+    with torch.no_grad():
+        table[1:] += torch.randn(table[1:].shape)
+    assert differ((given(model, cloud(3)),), (before,))
+
+
+def test_a_frozen_norm_behind_words_and_positions_is_passed() -> None:
+    model, _ = on_tower("hf_bert_points")
+    before = given(model, cloud(3))
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight[:8] *= 3.0
+    assert differ((given(model, cloud(3)),), (before,))
+
+
+def test_the_class_token_of_a_causal_tower_sees_the_whole_cloud() -> None:
+    model, _ = on_tower("hf_clip_text_points", classes=None)
+    points = cloud(2)
+    before = given(model, points).pooler_output
+    points[0, 30:] = points[0, 30:].flip(-1)
+    after = given(model, points).pooler_output
+    assert differ((after[0],), (before[0],))
+    assert_close((after[1],), (before[1],), 1e-6)
 
 
 def test_the_order_of_points_behind_the_first_means_nothing() -> None:
     model, _ = adapted()
-    points = clouds(3)["pixel_values"]
+    points = cloud(3)
     shuffled = torch.cat([points[:, :1], points[:, 1:].flip(1)], 1)
     assert_close((run(model, shuffled),), (run(model, points),), 1e-4)
     assert differ((run(model, points.roll(1, -1)),), (run(model, points),))
@@ -203,7 +358,7 @@ def test_batch_norms_learn_while_training_and_are_saved(tmp_path: Any) -> None:
     before = run(model)
     mm.fit(
         model,
-        (clouds(8)["pixel_values"], torch.arange(8) % 5),
+        (cloud(8), torch.arange(8) % 5),
         loss=lambda model, batch: F.cross_entropy(model(pixel_values=batch[0]), batch[1]),
         steps=3,
         batch_size=4,
@@ -225,13 +380,64 @@ def test_batch_norms_learn_while_training_and_are_saved(tmp_path: Any) -> None:
         (torch.zeros(3, 3, 16, 16), r"expected clouds of points \(B, N, 3\)"),
         (torch.zeros(3, 20, 3), "clouds of 20 points"),
         (torch.full((3, 40, 3), 9.0), "within the unit ball"),
-        (torch.full((3, 40, 3), torch.nan), "within the unit ball"),
+        (torch.full((3, 40, 3), torch.nan), "360 coordinates are NaN or infinite"),
     ],
 )
 def test_inputs_that_make_no_sense_are_refused(points: Tensor, message: str) -> None:
     model, _ = adapted()
     with pytest.raises(mm.errors.DataError, match=message):
         run(model, points)
+
+
+@every_tower
+def test_every_tower_refuses_what_is_no_cloud(name: str) -> None:
+    vision = TOWERS[name][0] == "vision"
+    model, _ = on_tower(name)
+    word = model.main_input_name
+    for points, message in (
+        (torch.zeros(2, 3, 16, 16), r"\(2, 3, 16, 16\), expected clouds of points \(B, N, 3\)"),
+        (cloud(2)[0], r"\(40, 3\), expected clouds of points"),
+        (cloud(2)[:, :20], "expected at least 32"),
+        # a vision transformer makes floats of whole numbers itself
+        (100 * cloud(2).round().long(), "unit ball|torch.int64" if vision else "torch.int64"),
+    ):
+        with pytest.raises(mm.errors.DataError, match=message):
+            model(**{word: points})
+    for value in (torch.nan, torch.inf):
+        strange = cloud(2)
+        strange[1, 7, 2] = value
+        with pytest.raises(mm.errors.DataError, match=r"1 coordinates .* first at \(1, 7, 2\)"):
+            model(**{word: strange})
+
+
+def test_what_tells_of_words_is_refused_beside_a_cloud() -> None:
+    model, _ = on_tower("hf_bert_points")
+    with pytest.raises(mm.errors.DataError, match="attention_mask is given beside a cloud"):
+        model(input_ids=cloud(2), attention_mask=torch.ones(2, 40))
+
+
+def test_views_that_a_tower_does_not_have_are_refused() -> None:
+    for changes, message in (
+        ({"tower": "text", "distance": 1.8}, "distance is given.*are lines"),
+        ({"direction": (1, 0, 0)}, "direction is given.*are images"),
+        ({"tower": "text", "direction": (0, 0, 0)}, "three numbers, not all zero"),
+        ({"tower": "text", "direction": (1, 0, float("nan"))}, "three numbers, not all zero"),
+        ({"tower": "txt"}, "expected one of vision, audio, text"),
+        ({"distance": 0.9}, "distance is 0.9"),
+    ):
+        with pytest.raises(mm.errors.AdapterError, match=message):
+            mm.Any2Point(**changes)
+    text = mm.Any2Point(tower="text", direction=(1, -1, 0))
+    assert mm.adapter.from_json(text.to_json()) == text
+    assert (text.width, text.voxel, text.share, text.distance) == (16, 0.08, 0.3, None)
+
+
+def test_a_backbone_of_another_tower_is_refused_with_the_ones_that_fit() -> None:
+    for name, tower in (("hf_bert_points", "vision"), ("hf_vit_points", "text")):
+        with pytest.raises(mm.errors.SiteError, match='with tower="text" to a CLIPTextModel'):
+            mm.attach(CLOUDS[name].fresh(), mm.Any2Point(5, tower))
+    with pytest.raises(mm.errors.SiteError):  # a front end makes its positions
+        mm.attach(BACKBONES["hf_wav2vec2"].fresh(), mm.Any2Point(5, "audio"))
 
 
 def test_what_does_not_fit_is_refused() -> None:

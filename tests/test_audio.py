@@ -389,6 +389,19 @@ def test_positions_may_be_cropped_or_grow_but_not_under_adapters() -> None:
         audio.fit_positions(ALL["hf_wav2vec2"].fresh(), 24)
 
 
+def test_a_model_built_from_the_same_config_is_left_alone() -> None:
+    from transformers import ASTForAudioClassification
+
+    one: Any = ALL["hf_ast"].fresh()
+    other: Any = ASTForAudioClassification(one.config)
+    frames = other.config.max_length
+    audio.fit_positions(one, 16)
+    assert one.config.max_length == one.audio_spectrogram_transformer.config.max_length == 16
+    assert (
+        other.config.max_length == other.audio_spectrogram_transformer.config.max_length == frames
+    )
+
+
 def test_an_adapter_file_fits_a_model_for_shorter_clips(tmp_path: Path) -> None:
     model: Any = ALL["hf_ast"].fresh()
     mm.attach(model, mm.ConvAdapter(2)).save(tmp_path)

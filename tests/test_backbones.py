@@ -65,6 +65,12 @@ FAMILIES = {
     "hf_data2vec_audio": "data2vec-audio",
     "hf_wavlm": "wavlm",
     "hf_wavlm_base": "wavlm",
+    "hf_wav2vec2_bert": "wav2vec2-bert",
+    "hf_conformer": "wav2vec2-conformer",
+    "hf_parakeet": "parakeet_encoder",
+    "hf_whisper": "whisper",
+    "hf_whisper_bare": "whisper",
+    "hf_whisper_classifier": "whisper",
 }
 
 #: decoders, whose norms and linears have no biases

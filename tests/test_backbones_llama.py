@@ -108,7 +108,8 @@ def test_generation_is_greedy_search_by_whole_texts(adapter: mm.Adapter) -> None
 
 @pytest.mark.parametrize("name", WITH_HEADS)
 def test_both_implementations_of_attention_adapt_alike(name: str) -> None:
-    model = adapted(name, mm.ZeroInitAttention(3))
+    model: Any = copy.deepcopy(ALL[name].prototype)  # with a configuration of its own
+    randomise(mm.attach(model, mm.ZeroInitAttention(3)), 0.5)
     with torch.no_grad():
         model.set_attn_implementation("sdpa")
         fused = ALL[name].outputs(model)
@@ -254,7 +255,7 @@ def test_the_tap_gives_the_queries_that_meet_the_keys(name: str) -> None:
 
     AttentionInterface.register("test_queries", with_queries)
     AttentionMaskInterface.register("test_queries", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model, straight = ALL[name].fresh(), ALL[name].fresh()
+    model, straight = ALL[name].fresh(), copy.deepcopy(ALL[name].prototype)  # own configuration
     straight.set_attn_implementation("test_queries")  # type: ignore[operator]
     mm.attach(model, Queries())
     with torch.no_grad():

@@ -150,6 +150,18 @@ def test_the_tables_of_the_segmentation_study_are_those_of_its_numbers(monkeypat
     del sys.modules["segment_shift"]
 
 
+def test_the_table_of_the_demo_of_volumes_is_that_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import volume_demo
+
+    known = json.loads(volume_demo.RESULTS.read_text())
+    page = volume_demo.PAGE.read_text()
+    assert volume_demo.write(page, known) == page
+    known["clicks"]["frozen"][0][1] += 0.5
+    assert volume_demo.write(page, known) != page
+    del sys.modules["volume_demo"]
+
+
 def test_the_study_was_run_on_the_weights_that_are_shipped():
     import mmadapt as mm
 
@@ -160,6 +172,83 @@ def test_the_study_was_run_on_the_weights_that_are_shipped():
             r for r in known["rows"] if (r["part"], r["method"]) == (row["part"], "frozen")
         )
         assert row["source_off"] in ({}, frozen["source_on"])
+
+
+# -- decoders ---------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_study_of_wordings_are_those_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import instruct_shift as study
+
+    import mmadapt as mm
+
+    known = json.loads(study.RESULTS.read_text())
+    page = study.PAGE.read_text()
+    assert study.write(page, known) == page
+    assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
+    rates, (backbone, *rows) = study.chosen(known), known["wording"]
+    assert study.finished(known)  # with these seeds every method was run
+    assert {row["method"] for row in known["choose"]} <= set(study.SETTINGS["rates"])
+    for row in rows:
+        assert row["rate"] == rates[row["method"]]
+        assert row["start"] == 0.0
+        assert row["old_off"] in (
+            None,
+            backbone["old_on"],
+        )  # taken away, an adapter leaves no trace
+    rows[0]["new"] = 0.123
+    assert study.write(page, known) != page
+    del sys.modules["instruct_shift"]
+
+
+def test_the_cost_of_zero_initialised_attention_can_be_measured_and_written(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import zero_init_cost as cost
+
+    page = cost.DOCUMENT.read_text()
+    assert cost.write(page, cost.known()) == page
+    rows = cost.measure(quick=True)
+    found = {"rows": rows, "machine": "one", "date": "today", "load_of_others": [0.0, 2.5]}
+    table = cost.table(found)
+    for name in ("bare", "mmadapt, a gate per head", "mmadapt, a gate per layer"):
+        assert rows["one token"][name]["ratio"][1] > 0
+        assert f"| {name} | " in table
+    assert "Other processes kept up to 2.5 cores busy" in table
+    assert "kept up to" not in cost.table({**found, "load_of_others": [0.0, 0.1]})
+    for name in ("zero_init_cost", "cost_clock", "machine"):
+        sys.modules.pop(name, None)
+
+
+# -- sounds ---------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_study_of_sounds_are_those_of_its_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sound_shift
+
+    known = json.loads(sound_shift.RESULTS.read_text())
+    page = sound_shift.PAGE.read_text()
+    assert sound_shift.write(page, known) == page
+    assert not sound_shift.missing(known)
+    known["rows"][0]["accuracy"] = 0.123
+    assert sound_shift.write(page, known) != page
+    for name in ("sound_shift", "machine"):
+        sys.modules.pop(name, None)
+
+
+def test_the_study_of_sounds_was_run_on_what_is_shipped_at_the_rates_that_were_chosen():
+    import mmadapt as mm
+    from mmadapt.tasks.tagging import compare
+
+    known = json.loads((BENCHMARKS / "sound_shift.json").read_text())
+    assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
+    assert known["rates"] == {name: method.rate for name, method in compare.METHODS.items()}
+    for name, tried in known["choice"]["validation_accuracy"].items():
+        assert f"{known['rates'][name]:g}" == max(tried, key=tried.__getitem__)
+    frozen = next(row for row in known["rows"] if row["method"] == "frozen")
+    for row in known["rows"]:  # an adapter that is off leaves no trace on the source task
+        assert row["source_off"] in (None, frozen["source_on"])
 
 
 # -- SAM ------------------------------------------------------------------------------------------

@@ -329,3 +329,236 @@ def test_a_bias_that_peft_adds_twice_is_told(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, num_key_value_heads=2, attention_bias=True))
     report = mm.interop.read_llama_adapter(model, tmp_path)
     assert "a second time" in report.notes[0]
+
+
+# -- LitGPT -------------------------------------------------------------------------------------------
+
+
+def litgpt(
+    path: Path, layers: int = 1, shape: Any = (1, 1, 4, 1), **more: Any
+) -> dict[str, Tensor]:
+    """A file of LitGPT: K = 3 tokens and the gates of the top layers of two."""
+    draw, stored = torch.Generator().manual_seed(6), {}
+    for i in range(2 - layers, 2):
+        key = f"transformer.h.{i}.attn"
+        stored[f"{key}.adapter_wte.weight"] = torch.randn(3, 16, generator=draw)
+        stored[f"{key}.gating_factor"] = torch.randn(shape, generator=draw)
+    stored.update(more)
+    torch.save({"model": stored}, path)
+    return stored
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 1), (1, 4, 1, 1), (1,)], ids=str)
+def test_a_file_of_litgpt_is_read_and_written_back(tmp_path: Path, shape: Any) -> None:
+    stored = litgpt(tmp_path / "a.pth", 2, shape)
+    model = LLAMA.fresh()
+    report = mm.interop.read_llama_adapter(model, tmp_path / "a.pth", "alpaca")
+    assert report.layout == "litgpt"
+    assert report.tensors == 4
+    assert "other rows" in report.notes[0]
+    assert report.attachment is not None
+    gate: Any = "layer" if shape == (1,) else "head"
+    assert report.attachment.adapter == mm.LlamaAdapter(
+        3, gate=gate, activation="identity", layers=2
+    )
+    same = LLAMA.fresh()
+    by_hand = mm.attach(same, mm.LlamaAdapter(3, activation="identity", layers=2))
+    with torch.no_grad():
+        for i in range(2):
+            layer = by_hand.layers[f"0/text.layers[{i}].attn.heads:in"]
+            layer.prompt.copy_(stored[f"transformer.h.{i}.attn.adapter_wte.weight"])
+            layer.gate.copy_(stored[f"transformer.h.{i}.attn.gating_factor"].flatten())
+    assert_close(logits(model), logits(same), 1e-6)
+    with mm.disabled(model):
+        assert differ(logits(model), logits(same))
+    mm.interop.write_llama_adapter(model, tmp_path / "b.pth", "litgpt")
+    again = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    assert again.keys() == stored.keys()
+    for key, value in stored.items():
+        flat = value.flatten()
+        wanted = value if key.endswith("weight") else flat.expand(4).view(1, 1, 4, 1)
+        assert torch.equal(again[key], wanted), key
+
+
+def test_a_tanh_gate_is_written_for_litgpt_as_what_it_gives(tmp_path: Path) -> None:
+    model, other = LLAMA.fresh(), LLAMA.fresh()
+    randomise(mm.attach(model, mm.LlamaAdapter(3, layers=2)), 0.5)
+    mm.interop.write_llama_adapter(model, tmp_path / "a.pth", "litgpt")
+    mm.interop.read_llama_adapter(other, tmp_path / "a.pth")
+    assert_close(logits(other), logits(model), 1e-6)
+
+
+_QUERY, _GATE = "attn.adapter_wte.weight", "attn.gating_factor"
+
+
+@pytest.mark.parametrize(
+    ("more", "activation", "said"),
+    [
+        ({}, "tanh", "LitGPT's gates have none"),
+        ({f"transformer.h.0.{_QUERY}": torch.ones(3, 16)}, None, r"1 missing: .*0\.attn\.gating"),
+        ({f"transformer.h.7.{_GATE}": torch.ones(1, 1, 4, 1)}, None, r"1 unexpected: .*h\.7"),
+        ({f"transformer.h.1.{_GATE}": torch.ones(1, 1, 9, 1)}, None, "has 9 gates, .* 4 heads"),
+        ({f"transformer.h.1.{_QUERY}": torch.ones(3, 9)}, None, "prompt"),
+        ({"transformer.h.1.attn.qkv.adapter_scale": torch.ones(4)}, None, "LitGPT's adapter V2"),
+        ({"lm_head.weight": torch.ones(4)}, None, "1 unexpected: lm_head"),
+    ],
+)
+def test_a_file_of_litgpt_that_does_not_fit_changes_nothing(
+    tmp_path: Path, more: Any, activation: Any, said: str
+) -> None:
+    litgpt(tmp_path / "a.pth", **more)
+    model = LLAMA.fresh()
+    before = state(model)
+    with pytest.raises(AdapterFileError, match=said):
+        mm.interop.read_llama_adapter(model, tmp_path / "a.pth", activation=activation)
+    assert state(model) == before
+
+
+# -- V2's models for images ------------------------------------------------------------------------------
+
+
+def images(path: Path, **more: Any) -> dict[str, Tensor]:
+    """A file of V2 for images: K = 2 queries of 96 channels in two blocks, CLIP tokens of 5 channels."""
+    draw = torch.Generator().manual_seed(7)
+    shapes = {"clip_proj": (96, 5), "visual_proj": (16, 96)}
+    for i in range(2):
+        block = f"visual_blocks.{i}"
+        shapes |= {f"{block}.attn.qkv": (288, 96), f"{block}.attn.proj": (96, 96)}
+        shapes |= {f"{block}.mlp.fc1": (384, 96), f"{block}.mlp.fc2": (96, 384)}
+    stored = {"visual_query.weight": torch.randn(2, 96, generator=draw)}
+    for name, (rows, columns) in shapes.items():
+        stored[f"{name}.weight"] = torch.randn(rows, columns, generator=draw) / columns**0.5
+        stored[f"{name}.bias"] = torch.randn(rows, generator=draw)
+    norms = {"clip_proj_norm": 96, "visual_proj_norm": 16}
+    norms |= {f"visual_blocks.{i}.{n}": 96 for i in range(2) for n in ("norm1", "norm2")}
+    for name, width in norms.items():
+        stored[f"{name}.weight"] = 1 + 0.2 * torch.randn(width, generator=draw)
+        stored[f"{name}.bias"] = torch.randn(width, generator=draw)
+    stored["adapter_query.weight"] = torch.randn(2, 16, generator=draw)
+    stored["llama.norm.weight"] = 1 + 0.2 * torch.randn(16, generator=draw)
+    rows = {"attention.wq": 16, "attention.wo": 16}
+    rows |= {"feed_forward.w1": 24, "feed_forward.w2": 16, "feed_forward.w3": 24}
+    for i in range(2):
+        layer = f"llama.layers.{i}"
+        stored[f"{layer}.attention.gate"] = torch.randn(1, 4, 1, 1, generator=draw)
+        for name, size in rows.items():
+            stored[f"{layer}.{name}.bias"] = torch.randn(size, generator=draw)
+        for name in ("attention_norm", "ffn_norm"):
+            stored[f"{layer}.{name}.weight"] = 1 + 0.2 * torch.randn(16, generator=draw)
+    stored.update(more)
+    torch.save({"model": stored, "config": {"w_bias": True, "w_lora": False}}, path)
+    return stored
+
+
+def clip_tokens(rows: int) -> Tensor:
+    return torch.randn(rows, 4, 5, generator=torch.Generator().manual_seed(8))
+
+
+def test_a_file_for_images_sees_as_timms_blocks_do(tmp_path: Path) -> None:
+    from timm.models.vision_transformer import Block
+
+    stored = images(tmp_path / "a.pth")
+    report = mm.interop.read_llama_adapter(LLAMA.fresh(), tmp_path / "a.pth")
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {
+            k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")
+        }
+
+    def through(module: Any, name: str, x: Tensor) -> Tensor:
+        module.load_state_dict(part(name))
+        return module(x)
+
+    linear, norm = torch.nn.Linear, torch.nn.LayerNorm
+    with torch.no_grad():
+        seen = through(linear(5, 96), "clip_proj", clip_tokens(3))
+        seen = through(norm(96), "clip_proj_norm", seen)
+        x = torch.cat([stored["visual_query.weight"].expand(3, -1, -1), seen], 1)
+        for i in range(2):
+            x = through(Block(96, 2, qkv_bias=True).eval(), f"visual_blocks.{i}", x)
+        x = through(linear(96, 16), "visual_proj", x[:, :2])
+        expected = through(norm(16), "visual_proj_norm", x)
+        assert_close((report.encoder(clip_tokens(3)),), (expected,), 1e-5)
+
+
+def test_a_file_for_images_computes_as_its_formula(tmp_path: Path) -> None:
+    stored = images(tmp_path / "a.pth")
+    model, straight = LLAMA.fresh(), LLAMA.fresh()
+    report = mm.interop.read_llama_adapter(model, tmp_path / "a.pth", "seeing")
+    assert report.layout == "official_v2_images"
+    assert report.ignored == ("llama.layers.0.attention.gate",)
+    assert report.tensors == len(stored) - 1
+    features = report.encoder(clip_tokens(3))
+    with torch.no_grad():
+        straight.model.norm.weight.copy_(stored["llama.norm.weight"])  # type: ignore[union-attr]
+        for i, block in enumerate(straight.model.layers):  # type: ignore[union-attr,arg-type]
+            key = f"llama.layers.{i}"
+            block.input_layernorm.weight.copy_(stored[f"{key}.attention_norm.weight"])
+            block.post_attention_layernorm.weight.copy_(stored[f"{key}.ffn_norm.weight"])
+            for linear, name in (
+                (block.self_attn.q_proj, "attention.wq"),
+                (block.self_attn.o_proj, "attention.wo"),
+                (block.mlp.gate_proj, "feed_forward.w1"),
+                (block.mlp.up_proj, "feed_forward.w3"),
+                (block.mlp.down_proj, "feed_forward.w2"),
+            ):
+                bias = stored[f"{key}.{name}.bias"].clone()
+                if name == "attention.wq":  # rows 0 1 2 3 of a head are halves 0 2 | 1 3
+                    bias = bias.view(-1, 4)[:, [0, 2, 1, 3]].flatten()
+                linear.bias = torch.nn.Parameter(bias)
+        tokens_of_rows = stored["adapter_query.weight"] + features  # (3, 2, 16)
+        for row in range(3):
+            prompts = mm.attach(straight, mm.ZeroInitAttention(2), at="text.layers[1].attn.heads")
+            (layer,) = prompts.layers.values()
+            layer.prompt.copy_(tokens_of_rows[row])
+            layer.gate.copy_(stored["llama.layers.1.attention.gate"].flatten())
+            expected = straight(input_ids=tokens(3)[row, None]).logits
+            prompts.detach()
+            with mm.context(model, visual=features):
+                found = model(input_ids=tokens(3)).logits[row, None]
+            assert_close((found,), (expected,), 1e-5)
+            assert differ((found,), (straight(input_ids=tokens(3)[row, None]).logits,))
+
+
+def test_a_file_for_images_may_be_without_norms_and_biases(tmp_path: Path) -> None:
+    stored = images(tmp_path / "a.pth")
+    bare = {k: v for k, v in stored.items() if "gate" in k or not k.startswith("llama.")}
+    torch.save({"model": bare}, tmp_path / "a.pth")
+    report = mm.interop.read_llama_adapter(LLAMA.fresh(), tmp_path / "a.pth")
+    assert report.attachment is not None
+    adapter = mm.LlamaAdapter(2, layers=1, visual="added", features=16, projected=False)
+    assert report.attachment.adapter == adapter
+    assert report.attachment.num_parameters == 2 * 16 + 4
+
+
+@pytest.mark.parametrize(
+    ("more", "activation", "said"),
+    [
+        ({}, "identity", "gates of V2 have a tanh"),
+        ({"llama.layers.0.attention.lora_wq_l1.weight": torch.ones(1)}, None, "tensors of LoRA"),
+        ({"llama.layers.0.attention.wk.bias": torch.ones(8)}, None, r"1 unexpected: .*wk\.bias"),
+        ({"visual_blocks.2.norm1.weight": torch.ones(96)}, None, r"11 missing: visual_blocks\.2"),
+        ({"adapter_query.weight": torch.ones(3, 16)}, None, "3 rows, expected a multiple of the 2"),
+        ({"adapter_query.weight": torch.ones(6, 16)}, None, "tokens for 3 layers, .* has 2"),
+        ({"llama.norm.weight": torch.ones(9)}, None, r"llama\.norm\.weight has 9 numbers"),
+        (
+            {"visual_query.weight": torch.ones(2, 90)},
+            None,
+            "90 channels, expected .* multiple of 48",
+        ),
+        (
+            {"visual_proj.weight": torch.ones(9, 96), "visual_proj.bias": torch.ones(9)},
+            None,
+            "gives 9 channels, and this backbone has 16",
+        ),
+    ],
+)
+def test_a_file_for_images_that_does_not_fit_changes_nothing(
+    tmp_path: Path, more: Any, activation: Any, said: str
+) -> None:
+    images(tmp_path / "a.pth", **more)
+    model = LLAMA.fresh()
+    before = state(model)
+    with pytest.raises(AdapterFileError, match=said):
+        mm.interop.read_llama_adapter(model, tmp_path / "a.pth", activation=activation)
+    assert state(model) == before

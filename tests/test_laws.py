@@ -102,6 +102,8 @@ EXAMPLES: dict[str, dict[str, Adapter]] = {
     "any2point": {
         "classes": mm.Any2Point(5, tokens=8, neighbours=6, neck=4, dropout=0.0, head_width=12),
         "tokens": mm.Any2Point(tokens=4, neighbours=4, voxel=0.5, dropout=0.0, train_norm=False),
+        "audio": mm.Any2Point(5, "audio", tokens=8, neighbours=6, neck=4, dropout=0.0, voxel=0.5),
+        "text": mm.Any2Point(5, "text", tokens=8, neighbours=6, neck=4, dropout=0.0, voxel=0.5),
     },
     "adapter_shadow": {
         "plain": mm.AdapterShadow(scale=3.0),
@@ -197,10 +199,11 @@ MISFITS: dict[tuple[str, str], str] = {
     ("conv_depth/both", "hf_sam2"): "attention gives fewer positions where a stage begins",
     ("adapter_shadow/rank", "hf_sam2"): "a block gives fewer positions where a stage begins",
     ("deep_prompts", "hf_wavlm"): "its attention has positions of its own",
+    ("deep_prompts", "hf_wav2vec2_bert"): "its blocks convolve along time",
     ("convpass", "hf_sam2"): "attention gives fewer positions than it takes where a stage begins",
     **{
         ("tip_adapter", name): "its logits are of tokens, and the cache votes for rows"
-        for name in ("hf_llama", "hf_qwen2", "hf_gemma")
+        for name in ("hf_llama", "hf_qwen2", "hf_gemma", "hf_wav2vec2_bert", "hf_whisper")
     },
     **{
         ("adapter_bias/shared-gate", name): "the decoder's MLPs are of another width"

@@ -16,6 +16,7 @@ import mmadapt as mm
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Attention, Derived, SiteView, Span
 from mmadapt.errors import AdapterError, CheckError, SiteError
+from mmadapt.ops.attention import gated_attention as fused
 from mmadapt.ops.reference import gated_attention
 
 LLAMA = BACKBONES["hf_llama"]
@@ -113,6 +114,24 @@ def test_the_softmax_and_the_gate_are_wide_in_a_narrow_backbone() -> None:
     v = torch.ones(1, 1, 2, 2, dtype=torch.float16)
     found = gated_attention(q, k, v, torch.tensor([1e-6]), 1.0)  # a gate float16 would round away
     assert float(found.float().max()) > 0
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("gates", [1, 4])
+def test_the_fused_kernel_is_the_reference(groups: int, rows: int, gates: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shapes = ((3, 4, 6, 8), (rows, groups, 5, 8), (rows, groups, 5, 8), (gates,))
+    given = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
+    weights = torch.randn(3, 6, 32, generator=draw)
+    found, expected = (
+        (out := each(*given, 0.4), *torch.autograd.grad((out * weights).sum(), given))
+        for each in (fused, gated_attention)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert_close((one,), (other,), 1e-5)
+    wide = [t.detach().double() for t in given]
+    assert torch.equal(fused(*wide, 0.4), gated_attention(*wide, 0.4))
 
 
 # -- counts -----------------------------------------------------------------------------------------
@@ -247,6 +266,26 @@ def test_features_alone_are_the_tokens_of_early_fusion() -> None:
             other.prompt.copy_(given[row] @ layer.shared.matrix.T + layer.shared.bias)
             other.gate.copy_(layer.gate)
             assert_close((found[row],), (logits(alone)[row],), 1e-5)
+
+
+def test_features_of_the_backbones_width_need_no_projection() -> None:
+    own = mm.ZeroInitAttention(4, visual="added", features=16, projected=False)
+    model, attachment = adapted(own)
+    assert not [name for name, _ in attachment.named_parameters() if "shared" in name]
+    seen = features(3, 16)
+    with mm.context(model, visual=seen):
+        found = logits(model)
+    for row in range(3):
+        other, plain = adapted(mm.ZeroInitAttention(4))
+        with torch.no_grad():
+            for key, layer in plain.layers.items():
+                layer.prompt.copy_(attachment.layers[key].prompt + seen[row])
+                layer.gate.copy_(attachment.layers[key].gate)
+        assert_close((found[row],), (logits(other)[row],), 1e-5)
+    before = state(fresh := LLAMA.fresh())
+    with pytest.raises(AdapterError, match="features is 5, and without a projection .* needs 16"):
+        mm.attach(fresh, replace(own, features=5))
+    assert state(fresh) == before
 
 
 def test_features_train_their_projection_and_whoever_made_them(tmp_path: Path) -> None:
@@ -486,6 +525,90 @@ def test_the_same_operator_serves_the_cross_attention_of_an_encoder_decoder() ->
     assert differ((found,), (bare,))
 
 
+class Picture(nn.Module):
+    """One block of a text-to-image model: places of a picture (B, C, H, W) look at words (B, N, V)."""
+
+    heads, width = 2, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(12, 16, bias=False)
+        self.to_k, self.to_v = nn.Linear(20, 16, bias=False), nn.Linear(20, 16, bias=False)
+        self.to_out = nn.Linear(16, 12)
+
+    def forward(self, picture: Tensor, words: Tensor) -> Tensor:
+        x = picture.flatten(2).mT
+        q, k, v = (
+            t.unflatten(-1, (self.heads, self.width)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(words), self.to_v(words))
+        )
+        seen = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.to_out(seen.transpose(1, 2).flatten(2))
+        return x.mT.unflatten(2, picture.shape[2:])
+
+
+class Painter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Picture() for _ in range(2))
+
+    def forward(self, picture: Tensor, words: Tensor) -> Tensor:
+        for block in self.blocks:
+            picture = block(picture, words)
+        return picture
+
+
+def words_attention(module: Any) -> Attention:
+    """Of a block, found from its output projection's site."""
+    return Attention(module.to_k, module.to_v, 2, 2, 8, 8**-0.5, width=20)
+
+
+def test_the_same_operator_serves_the_blocks_of_a_text_to_image_model() -> None:
+    """Trained words beside the caption's, behind a gate, for whatever place of the picture."""
+    torch.manual_seed(0)
+    model = Painter()
+    role = "picture.layers[i].words"
+    anatomy = Anatomy(
+        family="painter",
+        spans={
+            f"{role}.heads": Span(
+                "blocks.{i}.to_out",
+                ("in",),
+                x="0|input",
+                channels="blocks.{i}.to_out.weight@1",
+                attention=words_attention,
+            )
+        },
+        towers={"picture": ""},
+        taps={f"{role}.q": Derived(("blocks.{i}.to_q:out",), cross_queries)},
+    )
+    picture, words = torch.randn(2, 12, 3, 5), torch.randn(2, 4, 20)
+    with torch.no_grad():
+        bare = model(picture, words)
+    attachment = mm.attach(
+        mm.Backbone(model, anatomy=anatomy),
+        mm.ZeroInitAttention(3),
+        at="picture.layers[*].words.heads",
+    )
+    with torch.no_grad():
+        assert torch.equal(model(picture, words), bare)
+        randomise(attachment, 0.5)
+        found, x = model(picture, words), picture
+        for block, layer in zip(model.blocks, attachment.layers.values(), strict=True):
+            q = block.to_q(x.flatten(2).mT).unflatten(-1, (2, 8)).transpose(1, 2)  # type: ignore[operator]
+            with mm.disabled(model):
+                x = block(x, words)
+            k, v = (
+                to(layer.prompt[None]).unflatten(-1, (2, 8)).transpose(1, 2)
+                for to in (block.to_k, block.to_v)  # type: ignore[union-attr]
+            )
+            seen = (q @ k.mT / 8**0.5).softmax(-1) @ v * torch.tanh(layer.gate).view(-1, 1, 1)
+            seen = seen.transpose(1, 2).flatten(2) @ block.to_out.weight.T  # type: ignore[union-attr]
+            x = x + seen.mT.unflatten(2, (3, 5))
+    assert_close((found,), (x,), 1e-5)
+    assert differ((found,), (bare,))
+
+
 # -- what is refused -----------------------------------------------------------------------------------
 
 
@@ -501,6 +624,7 @@ def test_the_same_operator_serves_the_cross_attention_of_an_encoder_decoder() ->
         (lambda: mm.ZeroInitAttention(activation="relu"), "activation is 'relu'"),
         (lambda: mm.ZeroInitAttention(visual="added"), "features is None"),
         (lambda: mm.ZeroInitAttention(features=4), "visual is 'none' and features is 4"),
+        (lambda: mm.ZeroInitAttention(projected=False), "projected is False, and there are no"),
         (lambda: mm.ZeroInitAttention(visual="tokens", features=0), "features is 0"),
         (lambda: mm.ZeroInitAttention(heads=()), "expected whole numbers from 0"),
         (lambda: mm.ZeroInitAttention(heads=(-1,)), "expected whole numbers from 0"),

@@ -333,7 +333,61 @@ def test_adapters_that_look_along_the_depth_are_told_it() -> None:
     assert torch.equal(bare, segmenter().encode_stack(STACK, grey=True).embedding)
 
 
+@pytest.mark.parametrize(
+    "adapter", [mm.MedSA(depth=True), mm.ConvDepth(4)], ids=["MedSA", "ConvDepth"]
+)
+def test_slices_of_sam2_see_their_neighbours_too(adapter: Any) -> None:
+    """Of its own volume alone, and the frozen model's slices see none."""
+    sam = segmenter("hf_sam2")
+    other = STACK.copy()
+    other[0] = 0
+    frozen = sam.encode_stack(STACK, grey=True).embedding
+    assert torch.allclose(sam.encode_stack(other, grey=True).embedding[1:], frozen[1:], atol=1e-5)
+    randomise(mm.attach(sam.model, adapter), 0.3)
+    stack = sam.encode_stack(STACK, grey=True)
+    changed = sam.encode_stack(other, grey=True).embedding
+    assert not torch.allclose(changed[1], stack.embedding[1], atol=1e-3)
+    for place, slice_ in enumerate(STACK):
+        alone = sam.encode(slice_, grey=True)
+        assert not torch.allclose(stack.embedding[place], alone.embedding[0], atol=1e-2)
+    answer = sam.predict(stack, points=[(3, 4)], labels=[1])
+    boxed = sam.predict(stack, box=[(1, 2, 10, 8), (2, 2, 9, 9), (0, 0, 19, 11)], mask=answer.low)
+    assert answer.masks.shape == boxed.masks.shape == (3, 12, 20)
+    # two volumes of a batch do not see each other
+    pixels = torch.stack([sam.prepare(own, grey=True) for own in [*STACK, *other]])
+    with torch.no_grad():
+        both = segment.embed(sam.model, pixels, 3)
+    assert torch.allclose(both[:3], stack.embedding, atol=1e-4)
+    assert torch.allclose(both[3:], changed, atol=1e-4)
+    with mm.disabled(sam.model):
+        assert torch.equal(sam.encode_stack(STACK, grey=True).embedding, frozen)
+
+
 # -- training --------------------------------------------------------------------------------------
+
+
+def test_sam2_learns_from_stacks() -> None:
+    """Gradients reach the branch along the depth, and the loss over whole volumes falls."""
+    model: Any = BACKBONES["hf_sam2"].fresh()
+    attachment = mm.attach(model, mm.MedSA("released", depth=True), seed=0)
+    sam, draw = segment.Segmenter(model), numpy.random.RandomState(0)
+    volume = (60 * draw.rand(3, 16, 16)).astype(numpy.uint8)
+    volume[:, 4:9, 3:12] += 150
+    pixels = torch.stack([sam.prepare(own, grey=True) for own in volume])[None]
+    masks = torch.zeros(1, 3, 64, 64)
+    masks[..., 16:36, 12:48] = 1
+    history = mm.fit(
+        model,
+        (pixels, masks),
+        loss=segment.PromptedLoss(rounds=1),
+        steps=20,
+        batch_size=1,
+        lr=0.02,
+        progress=False,
+    )
+    assert history.losses[-1] < 0.5 * history.losses[0]
+    depth = {n: p for n, p in attachment.named_parameters() if n.endswith("depth_up")}
+    assert depth and all(p.abs().max() > 0 for p in depth.values())
 
 
 def cube(shape: tuple[int, ...], side: int, shift: int = 0) -> Tensor:

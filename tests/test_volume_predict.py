@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,110 @@ def test_slices_without_a_meaning_are_refused(trained: nn.Module) -> None:
         volumes.SliceSegmenter(trained, scan().crop((0, 0, 0, 14, 8, 16))).click((7, 12, 7))
 
 
+# -- slices that see their neighbours --------------------------------------------------------------
+
+
+def looking(depth: int | None = 4, seed: int = 1) -> Any:
+    from snapshot import randomise
+
+    model: Any = BACKBONES["hf_sam"].fresh()
+    randomise(mm.attach(model, mm.MedSA(depth=True), name="deep", seed=seed), 0.3)
+    if depth:
+        segment.set_input(model, depth=depth)
+    return model
+
+
+@pytest.mark.parametrize(("depth", "length"), [(4, 4), (5, 5), (14, 14), (40, 14), (None, 12)])
+def test_slices_are_encoded_in_stacks_for_layers_that_look_along_the_depth(
+    depth: int | None, length: int
+) -> None:
+    """As many together as in training, each in the stack in which it has most neighbours."""
+    model = looking(depth)
+    study, sam = volumes.SliceSegmenter(model, scan()), segment.Segmenter(model)
+    grey = numpy.rint(scan().array[0] * 255).astype(numpy.uint8)
+    starts = {*range(0, 14 - length, length // 2), 14 - length}
+    stacks = {s: sam.encode_stack(grey[s : s + length], grey=True).embedding for s in starts}
+    for z in (0, 13, 6, 7, 2, 11, 6):
+        found = study._encode(z).embedding[0]
+        own = [s for s in starts if torch.equal(found, stacks[s][min(max(z - s, 0), length - 1)])]
+        assert len(own) == 1
+        least = min(length // 4, z, 13 - z)  # neighbours on either side, but at the ends
+        assert z - own[0] >= least and own[0] + length - 1 - z >= least
+    alone = sam.encode(grey[6], grey=True).embedding[0]
+    assert not torch.allclose(study._encode(6).embedding[0], alone, atol=1e-2)
+
+
+def test_a_stack_is_encoded_once_and_anew_for_another_adapter() -> None:
+    model = looking(6)
+    runs: list[int] = []
+    model.vision_encoder.register_forward_hook(lambda *call: runs.append(1))
+    study = volumes.SliceSegmenter(model, scan())
+    study.click((1, 8, 7))
+    study.click((0, 8, 7))
+    assert len(runs) == 1
+    with mm.disabled(model):
+        bare = study._encode(1).embedding
+    assert len(runs) == 2
+    frozen = volumes.SliceSegmenter(BACKBONES["hf_sam"].fresh(), scan())
+    assert torch.equal(bare, frozen._encode(1).embedding)
+    assert not torch.equal(study._encode(1).embedding, bare)
+
+
+def stretched(truth: numpy.ndarray) -> Volume:
+    values = 0.3 + 0.5 * truth + 0.03 * numpy.random.RandomState(1).randn(*truth.shape)
+    return Volume(values.clip(0, 1), numpy.diag([1, 1, 2.5, 1.0]), name="scan")
+
+
+def test_a_pretrained_sam_carries_one_click_through_a_volume() -> None:
+    truth = ball((9, 64, 64), (4, 30, 34), (3.4, 20, 17))
+    study = volumes.SliceSegmenter(mm.load("tiny/sam"), stretched(truth))
+    assert segment.dice(study.click((4, 30, 34)), truth[4]) > 0.85
+    study.propagate()
+    assert segment.dice(study.mask, truth) > 0.85
+    assert not study.mask[[0, 8]].any()
+
+
+def test_a_speck_in_the_corner_does_not_make_the_box_the_whole_slice(trained: nn.Module) -> None:
+    asked: list[Any] = []
+    study = volumes.SliceSegmenter(trained, scan())
+    take = study._take
+    study._take = lambda place, **prompt: (asked.append(prompt), take(place, **prompt))[1]  # type: ignore[method-assign]
+    drawn = numpy.zeros_like(TRUTH)
+    drawn[7] = TRUTH[7]
+    drawn[7, 15, 15] = drawn[7, 0, 0] = True
+    study.draw(drawn)
+    study.propagate(reach=1)
+    rows, columns = (numpy.flatnonzero(TRUTH[7].any(axis)) for axis in (1, 0))
+    box = columns[0] - 1, rows[0] - 1, columns[-1] + 1, rows[-1] + 1
+    assert [prompt["box"] for prompt in asked] == [tuple(map(float, box))] * 2
+
+
+@pytest.mark.slow
+def test_an_adapter_that_looks_along_the_depth_is_carried_through_speckle() -> None:
+    """`tiny/sam` after few steps on few of the generated volumes."""
+    from mmadapt.tasks.segment import compare, organs
+
+    train = compare.Cases(*organs.volumes(12, seed=1))
+    slices, truths, clicks = organs.volumes(6, seed=2)
+    sam = mm.load("tiny/sam")
+
+    def found() -> float:
+        dices = []
+        for own, truth, (x, y) in zip(slices, truths, clicks, strict=True):
+            volume = Volume(own / 255, numpy.diag([1, 1, 2.5, 1.0]))
+            study = volumes.SliceSegmenter(sam, volume)
+            study.click((int(truth.sum((1, 2)).argmax()), y, x))
+            dices.append(segment.dice(study.propagate(), truth))
+        return float(numpy.mean(dices))
+
+    before = found()
+    data = compare.training_tensors(sam, train)
+    method = compare.METHODS["MedSA, with depth"]
+    compare.adapt(sam, method, data, name="organs", seed=1, steps=50, batch=2)
+    segment.set_input(sam, depth=organs.DEPTH)
+    assert found() > before + 0.25
+
+
 # -- the page about volumes ------------------------------------------------------------------------
 
 
@@ -468,16 +573,24 @@ def test_what_the_page_says_runs(
     image = nibabel.load(str(nifti("anatomical.nii")))
     image.to_filename("ct.nii.gz")
     image.to_filename("big.nii")
+    model: Any = copy.deepcopy(trained)
+    mm.attach(model, mm.Bottleneck(2), at="vision.layers[*].mlp", name="liver")
     names: dict[str, Any] = {
-        "model": trained,
+        "model": model,
+        "other": BACKBONES["hf_sam"].fresh(),
+        "sam": BACKBONES["hf_sam"].fresh(),
+        "values": torch.rand(2, 1, 8, 8, 8),
+        "masks": torch.rand(2, 8, 8, 8) > 0.5,
         "network": network(),
         "clicked": near_the_clicks,
         "truth": ball((25, 41, 33), (12, 20, 16), (6, 6, 6)).astype(numpy.uint8),
     }
     blocks = page.split("```python\n")[1:]
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(block.split("```")[0], names)
     assert repr(names["ct"]).startswith("Volume(ct.nii.gz: 1×25×41×33 voxels (z, y, x) of 2×2×2 mm")
     assert volumes.read_mask("big_mask.nii", like=names["ct"]).shape == (25, 41, 33)
     assert [score.structure for score in names["scores"]] == ["lesion"]
+    assert names["study"].mask.shape == names["work"].size and Path("lesion.nii.gz").exists()
+    assert segment.input_of(names["other"]) == segment.Input("ct abdomen", 12)

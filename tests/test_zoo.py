@@ -74,6 +74,33 @@ def test_tiny_sam_finds_things_it_has_not_seen():
     assert found["box"] > 0.8 and found["point"] > 0.75
 
 
+def test_tiny_llama_comes_with_its_head_and_a_tokenizer_of_bytes():
+    state = torch.get_rng_state()
+    llama = mm.load("tiny/llama")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(llama.model).__name__ == "LlamaForCausalLM" and not llama.model.training
+    assert {p.dtype for p in llama.model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in llama.model.parameters()) == llama.entry.parameters < 8e5
+    text = "é €\n\t\x00 <s>"[:-4]
+    ids = llama.tokenize(text, add_special_tokens=False)["input_ids"]
+    assert ids == list(text.encode()) and llama.tokenize.decode(ids) == text
+    assert llama.tokenize(text)["input_ids"] == [256, *ids]
+    assert llama.tokenize.pad_token_id == llama.model.config.pad_token_id == 258
+
+
+def test_tiny_llama_can_do_what_it_was_trained_for_and_not_in_other_words():
+    """Far below its measured numbers, on other strings."""
+    from mmadapt.tasks import instruct
+    from mmadapt.tasks.instruct import strings
+
+    llama = mm.load("tiny/llama")
+    assert min(llama.entry.metrics["exact_match"].values()) > 0.9
+    old = strings.instructions(100, seed=11, split="validation")
+    new = strings.instructions(50, seed=12, split="validation", wordings=strings.WORDINGS)
+    assert instruct.exact_match(llama, old) > 0.9
+    assert instruct.exact_match(llama, new) < 0.1
+
+
 def test_a_folder_loads_as_well_as_a_name():
     folder = manifest.data_folder() / "tiny" / "clip"
     clip = mm.load(folder)

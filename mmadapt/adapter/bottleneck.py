@@ -160,3 +160,49 @@ class Bottleneck(Adapter):
         if width is None:
             options["reduction"] = 64
         return cls(width, **{**options, **changes})
+
+    @classmethod
+    def speech(cls, width: int | None = None, top: int | None = None, **changes: Any) -> Bottleneck:
+        """Two per block of a self-supervised speech encoder, behind the attention and the MLP branch,
+        with a LayerNorm of their own, 256 wide; `top=6` in the upper six blocks (arXiv:2202.03218).
+        """
+        options: dict[str, Any] = {"norm": "before"}
+        if top is not None:
+            if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+                raise AdapterError(
+                    f"Bottleneck.speech: top is {top!r}, expected a whole number of at least 1",
+                    "top=6 takes the upper six blocks; leave it out for all",
+                )
+            if "at" in changes:
+                raise AdapterError(
+                    f"Bottleneck.speech: top is {top!r} and at is {changes['at']!r}, and either says "
+                    "where",
+                    "give top or at=",
+                )
+        blocks = "audio.layers[*]" if top is None else f"audio.layers[-{top}:]"
+        options["at"] = (f"{blocks}.attn", f"{blocks}.mlp")
+        return cls._published(width, 256, **{**options, **changes})
+
+    @classmethod
+    def language(cls, width: int | None = None, **changes: Any) -> Bottleneck:
+        """One per language behind each block of an encoder of many languages, 32 wide, with a LayerNorm
+        of its own (arXiv:2401.08992). Rows of one batch may have different ones.
+        """
+        options: dict[str, Any] = {
+            "activation": "silu",
+            "norm": "before",
+            "at": ("audio.layers[*]",),
+        }
+        return cls._published(width, 32, **{**options, **changes})
+
+    @classmethod
+    def mms(cls, width: int | None = None, **changes: Any) -> Bottleneck:
+        """One per language behind each block, as the MMS models have them: 16 wide, ReLU, a LayerNorm of
+        its own. `mmadapt.interop.write_mms` writes it as transformers reads it.
+        """
+        options: dict[str, Any] = {
+            "activation": "relu",
+            "norm": "before",
+            "at": ("audio.layers[*]",),
+        }
+        return cls._published(width, 16, **{**options, **changes})

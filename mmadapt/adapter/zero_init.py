@@ -33,7 +33,8 @@ class ZeroInitAttention(Adapter):
     Features of another modality come with the forward pass, `mm.context(model, visual=features)`,
     (B, V) or (B, N, V), V being `features`. One linear projection, shared by all sites, takes them to
     the backbone's width. `visual="added"` adds them to the trained tokens (one to all of them, or N
-    to N); `visual="tokens"` attends to them instead, which is early fusion at a first layer.
+    to N); `visual="tokens"` attends to them instead, which is early fusion at a first layer. With
+    `projected=False` they come in the backbone's width, from a projection of your own.
 
     `heads` limits the branch to some heads; the others' gates are left out.
 
@@ -58,6 +59,7 @@ class ZeroInitAttention(Adapter):
     visual: Literal["none", "added", "tokens"] = "none"
     features: int | None = None
     heads: tuple[int, ...] | None = None
+    projected: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +75,8 @@ class ZeroInitAttention(Adapter):
             )
         if self.features is not None:
             positive(self, "features")
+        elif not self.projected:
+            raise AdapterError(f"{name}: projected is False, and there are no features")
         if self.heads is None:
             return
         whole = isinstance(self.heads, (list, tuple)) and all(type(h) is int for h in self.heads)
@@ -88,7 +92,9 @@ class ZeroInitAttention(Adapter):
         object.__setattr__(self, "heads", tuple(self.heads))
 
     def build_shared(self, sites: Sequence[SiteView], generator: torch.Generator) -> Layer | None:
-        return None if self.features is None else super().build_shared(sites, generator)
+        if self.features is None or not self.projected:
+            return None
+        return super().build_shared(sites, generator)
 
 
 @register_adapter

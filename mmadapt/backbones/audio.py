@@ -18,9 +18,11 @@ from mmadapt.backbones.blocks import (
     norms,
     patches,
     text_mask,
+    wholes,
     with_prefix,
 )
 from mmadapt.core.anatomy import Anatomy
+from mmadapt.core.parts import PatchPositions
 from mmadapt.core.site import Span
 
 
@@ -43,6 +45,11 @@ def ast_anatomy(model: Any) -> Anatomy:
         family=model.config.model_type,
         spans={
             **in_rows(with_prefix(layers, 2), _bands(model.config)),
+            **(
+                {}
+                if inner
+                else wholes("audio", "embeddings.position_embeddings@2", _patch_positions)
+            ),
             "audio.patches": patches(f"{inner}embeddings.patch_embeddings.projection"),
             "audio.norm": norm(f"{inner}layernorm"),
             "logits.norm": norm("classifier.layernorm", "BD"),
@@ -64,6 +71,13 @@ def _patches_told(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     """The facts "mask" and "tokens", of a pass through the whole encoder."""
     tokens = module.embeddings.position_embeddings.shape[1]
     return {**text_mask(module, args, kwargs), "tokens": tokens}
+
+
+def _patch_positions(embeddings: Any) -> PatchPositions:
+    config = embeddings.config
+    rows = _bands(config)
+    table = embeddings.position_embeddings[0, 2:]
+    return PatchPositions(table.unflatten(0, (rows, -1)), (config.num_mel_bins, config.max_length))
 
 
 def _bands(config: Any) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.backbones.blocks import linear, linears, logits, norm, norms, text_mask
+from mmadapt.backbones.blocks import linear, linears, logits, norm, norms, text_mask, wholes
 from mmadapt.core.anatomy import Anatomy
+from mmadapt.core.parts import WordPositions
 from mmadapt.core.site import Span
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _post_norm(model: Any, paths: _Paths) -> Anatomy:
             f"{role}.mlp.up": linear(f"{block}.{paths.up}"),
             f"{role}.mlp.down": linear(down),
             **norms(role, block, paths.norm1, paths.norm2),
+            **_wholes(model, inner),
             "text.embeddings.norm": norm(f"{inner}embeddings.LayerNorm"),
             "text.pooled": Span(pooler, channels=f"{pooler}.dense.weight", layout="BD"),
             "logits": logits(classifier, "BTK" if by_token else "BK"),
@@ -102,6 +104,17 @@ def _post_norm(model: Any, paths: _Paths) -> Anatomy:
         fills={inner.rstrip("."): text_mask},
         facts=_facts,
     )
+
+
+def _wholes(model: Any, inner: str) -> dict[str, Span]:
+    """Of BERT itself: its relatives number positions from another row, or have others."""
+    if inner or model.config.model_type != "bert":
+        return {}
+    return wholes("text", "embeddings.position_embeddings.weight@1", _word_positions)
+
+
+def _word_positions(embeddings: Any) -> WordPositions:
+    return WordPositions(embeddings.position_embeddings.weight, False, embeddings.LayerNorm)
 
 
 def _facts(model: Any) -> dict[str, Any]:

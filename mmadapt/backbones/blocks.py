@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +113,20 @@ def block_taps(tower: str, path: str, first: str, second: str) -> dict[str, str]
         f"{role}.norm2": f"{block}.{second}:out",
         f"{role}.attn.residual": f"{block}.{first}:in",
         f"{role}.mlp.residual": f"{block}.{second}:in",
+    }
+
+
+def wholes(
+    tower: str,
+    channels: str,
+    positions: Callable[[Any], Any],
+    words: Callable[[Any], Any] | None = None,
+) -> dict[str, Span]:
+    """Where a method may take other inputs: a bare tower's embeddings, and its own call."""
+    shared = Span("", ("around",), channels=channels, aligned=False, parts=words)
+    return {
+        "model": shared,
+        f"{tower}.embeddings": replace(shared, module="embeddings", parts=positions),
     }
 
 

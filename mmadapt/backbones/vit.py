@@ -17,6 +17,7 @@ from mmadapt.backbones.blocks import (
     norms,
     patches,
     timm_layers,
+    wholes,
     with_prefix,
 )
 from mmadapt.core.anatomy import Anatomy
@@ -59,25 +60,13 @@ def vit_anatomy(model: Any) -> Anatomy:
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps={
-            **block_taps("vision", tower, "layernorm_before", "layernorm_after"),
-            "tokens": f"{inner}layernorm:out",
-        },
+        taps=block_taps("vision", tower, "layernorm_before", "layernorm_after"),
         facts=_vit_facts,
     )
 
 
 def _wholes(inner: str) -> dict[str, Span]:
-    """Where a method may take other inputs: the embeddings of a bare tower, and its own call."""
-    if inner:
-        return {}
-    channels = "embeddings.position_embeddings@2"
-    return {
-        "model": Span("", ("around",), channels=channels, aligned=False),
-        "vision.embeddings": Span(
-            "embeddings", ("around",), channels=channels, aligned=False, parts=_patch_positions
-        ),
-    }
+    return {} if inner else wholes("vision", "embeddings.position_embeddings@2", _patch_positions)
 
 
 def _patch_positions(embeddings: Any) -> PatchPositions:
@@ -148,10 +137,7 @@ def dinov2_anatomy(model: nn.Module) -> Anatomy:
             "logits": logits("classifier"),
         },
         towers={"vision": inner.rstrip(".")},
-        taps={
-            **block_taps("vision", path, "norm1", "norm2"),
-            "tokens": f"{inner}layernorm:out",
-        },
+        taps=block_taps("vision", path, "norm1", "norm2"),
         facts=_dinov2_facts,
     )
 

@@ -4,6 +4,7 @@ Convolutions make a frame of every 20 ms or so, a convolution adds positions, an
 of the base models norm behind each branch, h = norm(x + attn(x)), norm(h + mlp(h)), those of the
 large ones before it (`do_stable_layer_norm`). The roles `attn` and `mlp` are the branches in both.
 WavLM's attention reads the weights of its projections itself; they are met by the `weight` port.
+The blocks of MMS models end in an adapter of their own for one language, the role `language`.
 
 The fact "mask" (B, T) is over frames: the encoder is called with it, made from the `attention_mask`
 over samples. A front end with a group norm (`feat_extract_norm="group"`, the base models) takes its
@@ -55,6 +56,7 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
         f"{role}.mlp": Span(f"{block}.feed_forward", channels=channels),
         **linears(f"{role}.mlp", f"{block}.feed_forward", _LINEARS),
         **norms(role, block, "layer_norm", "final_layer_norm"),
+        **_language(f"{role}.language", f"{block}.adapter_layer", channels),
     }
     frames = {
         **layers,
@@ -67,7 +69,7 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
         family=config.model_type,
         spans={
             **in_rows(with_prefix(frames, 0), 1),
-            "audio.frontend[i]": _convolution(convolution),
+            "audio.frontend[i]": convolution_in_time(convolution),
             "audio.projector": linear("projector"),
             **_ends("lm_head", "BTK", model),
             **_ends("classifier", "BTK" if by_frame else "BK", model),
@@ -77,14 +79,23 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
             **block_taps("audio", tower, "layer_norm", "final_layer_norm"),
             **({} if stable else _residuals_behind_norms(role, block)),
         },
-        fills={f"{inner}encoder": _frames_told},
+        fills={f"{inner}encoder": frames_told},
         # in train mode it would keep every activation of the frozen convolutions for backward
         settings={f"{inner}feature_extractor._requires_grad": False},
         facts=_facts,
     )
 
 
-def _frames_told(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _language(role: str, path: str, channels: str) -> dict[str, Span]:
+    """A block's own adapter for one language, which MMS models have (`adapter_attn_dim`)."""
+    return {
+        role: Span(path, channels=channels),
+        f"{role}.norm": norm(f"{path}.norm"),
+        **linears(role, path, {"down": "linear_1", "up": "linear_2"}),
+    }
+
+
+def frames_told(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The facts "mask" and "tokens", of a pass through the blocks."""
     frames = args[0] if args else kwargs["hidden_states"]
     return {**text_mask(module, args, kwargs), "tokens": frames.shape[1]}
@@ -98,7 +109,7 @@ def _read(prefix: str, path: str, names: dict[str, str]) -> dict[str, Span]:
     }
 
 
-def _convolution(path: str) -> Span:
+def convolution_in_time(path: str) -> Span:
     """Of the front end, along time; the frames behind it are fewer than those before."""
     return replace(patches(path), layout="BCT", aligned=False)
 

@@ -66,9 +66,11 @@ def resolve(
         )
     if at is None:
         fitting = [p for p in patterns if _matches(p, spans, adapter.ports)]
-        if not fitting and adapter.elsewhere:
+        missing = [p for p in patterns if p not in fitting]
+        whole = adapter.every_pattern and adapter.at is None  # a method of several parts
+        if adapter.elsewhere and (not fitting or (whole and missing)):
             raise SiteError(
-                f"this backbone has no site {' or '.join(map(repr, patterns[:2]))}; "
+                f"this backbone has no site {' or '.join(map(repr, missing[:2]))}; "
                 f"{_offered(spans)}",
                 adapter.elsewhere,
             )

@@ -18,7 +18,9 @@ class Backbone:
     """A model with its preprocessing, tokenizer, anatomy and zoo entry.
 
     `preprocess` takes one image or a sequence of images (PIL, or uint8 arrays (H, W, 3)) and
-    returns float pixels (N, 3, S, S); `tokenize` takes texts and returns token ids (N, L).
+    returns float pixels (N, 3, S, S), or of sound one clip or several (`audio.Audio`) and returns an
+    `audio.Batch`; `tokenize` takes texts and returns token ids (N, L), or is
+    the tokenizer of transformers.
     Every mmadapt verb takes a `Backbone` or the bare model; `backbone(…)` calls the model.
     """
 

@@ -23,6 +23,8 @@ _DECODERS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClass
 _AUDIO = ("Model", "ForSequenceClassification")
 _SPEECH = (*_AUDIO, "ForCTC", "ForAudioFrameClassification", "ForXVector")
 _WAV2VEC2 = "wav2vec2:wav2vec2_anatomy"
+_TEXT = ("TextModel", "TextModelWithProjection")
+_CONFORMER = "conformer:conformer_anatomy"
 _VISION = ("VisionModel", "VisionModelWithProjection")
 
 #: fully qualified class name -> "module:function of the model" that returns its anatomy
@@ -33,8 +35,10 @@ KNOWN: dict[str, str] = {
     "timm.models.vision_transformer.VisionTransformer": "mmadapt.backbones.vit:timm_vit_anatomy",
     "segment_anything.modeling.sam.Sam": "mmadapt.backbones.sam:segment_anything_anatomy",
     "mmadapt.tasks.few_shot.classifier.ZeroShotClassifier": "mmadapt.backbones.clip:classifier_anatomy",
+    "mmadapt.tasks.tagging.pooled.PooledEncoder": "mmadapt.backbones.pooled:pooled_anatomy",
     **_transformers("clip:hf_clip_anatomy", "clip", "CLIP", ["Model"]),
     **_transformers("clip:hf_clip_vision_anatomy", "clip", "CLIP", _VISION),
+    **_transformers("clip_text:hf_clip_text_anatomy", "clip", "CLIP", _TEXT),
     **_transformers("siglip:siglip_anatomy", "siglip", "Siglip", ["Model"]),
     **_transformers(
         "siglip:siglip_vision_anatomy",
@@ -72,6 +76,15 @@ KNOWN: dict[str, str] = {
         ["Model", "ForAudioClassification"],
     ),
     **_transformers(_WAV2VEC2, "wav2vec2", "Wav2Vec2", _SPEECH),
+    **_transformers(_CONFORMER, "wav2vec2_conformer", "Wav2Vec2Conformer", _SPEECH),
+    **_transformers(_CONFORMER, "wav2vec2_bert", "Wav2Vec2Bert", _SPEECH),
+    **_transformers("conformer:parakeet_anatomy", "parakeet", "Parakeet", ("Encoder", "ForCTC")),
+    **_transformers(
+        "whisper:whisper_anatomy",
+        "whisper",
+        "Whisper",
+        ("Model", "ForConditionalGeneration", "ForAudioClassification"),
+    ),
     **_transformers(_WAV2VEC2, "hubert", "Hubert", (*_AUDIO, "ForCTC")),
     **_transformers(_WAV2VEC2, "unispeech", "UniSpeech", (*_AUDIO, "ForCTC")),
     **_transformers(_WAV2VEC2, "unispeech_sat", "UniSpeechSat", _SPEECH),

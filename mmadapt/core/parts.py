@@ -6,7 +6,7 @@ every call and never kept, so that weights which ports or the user replaced are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,31 @@ class Prompted:
 
 @dataclass(eq=False)
 class PatchPositions:
-    """The positions of an image's patches, behind one class token's."""
+    """The positions of the patches of an image or a spectrogram, without those of other tokens."""
 
     #: (rows, columns, C)
     grid: Tensor
     #: height and width of the image in pixels
     size: tuple[float, float]
+
+
+@dataclass(eq=False)
+class WordPositions:
+    """The positions of words in a text."""
+
+    #: (L, C)
+    table: Tensor
+    #: whether a token sees only those before it
+    causal: bool
+    #: what sums of words and positions go through before the first block
+    norm: nn.Module | None = None
+
+
+@dataclass(eq=False)
+class Words:
+    """How a model over token ids is called where something else makes its embeddings."""
+
+    #: the keyword of the ids
+    keyword: str
+    #: function (B, T) -> ids (B, T) that its own forward pass accepts, marking the last token
+    ids: Callable[[int, int], Tensor]

@@ -47,8 +47,6 @@ def save(
     made for) and `adapter.safetensors`. Without a name exactly one must be attached. Where several
     processes train together the first one writes; where FSDP2 shards the adapter all have to call.
     """
-    from safetensors.torch import save as to_bytes
-
     model, bank = require_bank(m)
     name = require_name(bank, name, "save")
     record = bank.records[name]
@@ -72,6 +70,13 @@ def save(
     }
     if record.metadata.get("input"):  # how images and prompts have to be given, where that is told
         manifest["input"] = record.metadata["input"]
+    return write(Path(path).expanduser(), manifest, tensors)
+
+
+def write(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """The two files of an adapter, each whole or not at all."""
+    from safetensors.torch import save as to_bytes
+
     try:
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -79,7 +84,6 @@ def save(
             f"metrics, licence or input cannot be written as JSON: {error}",
             "use plain finite numbers and text",
         ) from None
-    folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise AdapterFileError(f"{folder} is a file", "adapters are saved to a folder")
     if not _writes():

@@ -75,7 +75,7 @@ def run(
     last = results[-1]
     mm.save(sam, out / "adapter", "organs", metrics={"dice": last.mean, "volumes": shots})
     show(f"saved {out / 'adapter'}: {kept.size(out / 'adapter')}, Dice {last.mean:.4f}")
-    kept.confirm("sam", out / "adapter", _verdict(last.dice, test))
+    kept.confirm("sam", out / "adapter", verdict(last.dice, test))
     show(f"loaded into a fresh backbone in a second process: Dice {last.mean:.4f}, equal")
     found = {"backbone": BACKBONE, "volumes": shots, "test_volumes": len(test), "steps": STEPS}
     found["results"] = [dataclasses.asdict(result) for result in results]
@@ -91,10 +91,10 @@ def verify(adapter: Path) -> str:
     sam = mm.load(BACKBONE)
     mm.load_adapter(sam, adapter)
     _, test = task(1)
-    return json.dumps(_verdict(score_dice(predictions(sam, test), test), test))
+    return json.dumps(verdict(score_dice(predictions(sam, test), test), test))
 
 
-def _verdict(dice: list[float], test: Cases) -> dict[str, Any]:
+def verdict(dice: list[float], test: Cases) -> dict[str, Any]:
     return {"dice": dice, "data": data_digest(list(test.slices))}
 
 

@@ -32,6 +32,8 @@ class ForeignFile:
     missing: tuple[str, ...] = ()
     #: entries beside the tensors, such as an optimiser
     dropped: tuple[str, ...] = ()
+    #: a module beside the backbone that the file holds, such as what makes features of images
+    encoder: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
         counts = {"skipped": self.ignored, "missing": self.missing, "dropped": self.dropped}

@@ -1,10 +1,11 @@
-"""LLaMA-Adapter in the files of its authors and of PEFT.
+"""LLaMA-Adapter in the files of its authors, of PEFT and of LitGPT.
 
-Three layouts, told apart by their keys. "peft": a folder with `adapter_config.json` and
+Five layouts, told apart by their keys. "peft": a folder with `adapter_config.json` and
 `adapter_model.safetensors`, one gate a layer, no tanh. "official": a `.pth` with `adapter_query.weight`
 (tokens of all layers, one below the other) and `layers.{i}.attention.gate` of every layer; whether a
 tanh belongs to the gates it does not say. "official_v2": a `.pth` with norms, biases and scales on the
-input of every linear, as the chat models of V2 were released.
+input of every linear, as the chat models of V2 were released. "official_v2_images": a `.pth` of V2's
+models for images, read only. "litgpt": a `.pth.adapter` with tokens and gates of every layer, no tanh.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from mmadapt.interop.foreign import (
     ForeignFile,
     attention_of,
     depth_of,
-    install_tensors,
     load_pickle,
-    parts,
     refuse_keys,
     some,
 )
+from mmadapt.interop.litgpt import is_litgpt, read_litgpt, write_litgpt
+from mmadapt.interop.llama_adapter_images import read_images
 from mmadapt.interop.llama_adapter_v2 import read_chat, write_chat
+from mmadapt.interop.tokens import attach_tokens, attached_tokens, check_depth
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LAYOUTS = ("peft", "official", "official_v2")
+LAYOUTS = ("peft", "official", "official_v2", "litgpt")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.adaption_(prompt|gate)(?:\.default)?\Z")
 
@@ -47,8 +49,10 @@ def read_llama_adapter(
 
     `activation` says what stands before the gates of an "official" file: "tanh" for files that the
     released training code wrote, "identity" to compute as the released inference script does. PEFT's
-    gates have none. Nor does such a file say how many tokens a layer has: `length`; without it the
-    layers are those from the first open gate on, and a note says so. Raises `AdapterFileError`, naming the keys, before anything is changed.
+    and LitGPT's gates have none. Nor does such a file say how many tokens a layer has: `length`; without it
+    the layers are those from the first open gate on, and a note says so. Of V2's models for images the
+    report's `encoder` makes of CLIP's tokens what `mm.context(m, visual=…)` wants. Raises
+    `AdapterFileError`, naming the keys, before anything is changed.
 
         mm.interop.read_llama_adapter(llama, "./alpaca", name="alpaca")
     """
@@ -56,6 +60,10 @@ def read_llama_adapter(
     if path.is_dir():
         return _read_peft(m, path, name, activation)
     tensors = load_pickle(path)
+    if is_litgpt(tensors):
+        return read_litgpt(m, tensors, name, activation)
+    if "visual_query.weight" in tensors:
+        return read_images(m, tensors, name, activation)
     if "adapter_query.weight" in tensors:
         return _read_official(m, tensors, name, activation, length)
     if any(key.endswith(("_scale", "_bias")) for key in tensors):
@@ -111,7 +119,7 @@ def _read_peft(m: Any, folder: Path, name: str, activation: str | None) -> Forei
     unexpected = [key for key, match in matches.items() if match is None]
     length, count = config.get("adapter_len"), config.get("adapter_layers")
     depth = depth_of(m)
-    _check_depth(count, depth)
+    check_depth(count, depth)
     wanted = {(i, part) for i in range(depth - count, depth) for part in ("prompt", "gate")}
     refuse_keys(
         [f"layers.{i}.self_attn.adaption_{part}" for i, part in sorted(wanted - found.keys())],
@@ -124,7 +132,7 @@ def _read_peft(m: Any, folder: Path, name: str, activation: str | None) -> Forei
             found[i, "gate"],
         )
     doubled = "PEFT adds the output projection's bias a second time, which this does not"
-    return _attach(
+    return attach_tokens(
         m, name, length, tensors, "layer", "identity", "peft", (),
         notes=(doubled,) if _output_bias(m) else (),
     )  # fmt: skip
@@ -162,7 +170,7 @@ def _read_official(
                 "pass length=, the tokens of a layer",
             )
         notes = (f"{rows.shape[0] // count} tokens in {count} layers, as their open gates say",)
-    _check_depth(count, depth)
+    check_depth(count, depth)
     top = range(depth - count, depth)
     refuse_keys([f"layers.{i}.attention.gate" for i in top if i not in here], unexpected)
     blocks = rows.chunk(count)
@@ -172,29 +180,9 @@ def _read_official(
     }
     ignored = tuple(f"layers.{i}.attention.gate" for i in here if i not in top)
     gate = "layer" if all(len(g) == 1 for _, g in tensors.values()) else "head"
-    return _attach(m, name, len(blocks[0]), tensors, gate, activation, "official", ignored, notes)
-
-
-def _attach(
-    m: Any,
-    name: str,
-    length: Any,
-    tensors: dict[int, tuple[Tensor, Tensor]],
-    gate: Any,
-    activation: Any,
-    layout: str,
-    ignored: tuple[str, ...],
-    notes: tuple[str, ...] = (),
-) -> ForeignFile:
-    from mmadapt.adapter import LlamaAdapter
-
-    adapter = LlamaAdapter(length, gate=gate, activation=activation, layers=len(tensors))
-    values = {}
-    for i, (prompt, opening) in tensors.items():
-        site = f"0/text.layers[{i}].attn.heads:in"
-        values |= {f"{site}/prompt": prompt, f"{site}/gate": opening}
-    attachment = install_tensors(m, (adapter,), name, values)
-    return ForeignFile(layout, 2 * len(tensors), ignored, notes, attachment)
+    return attach_tokens(
+        m, name, len(blocks[0]), tensors, gate, activation, "official", ignored, notes
+    )
 
 
 def _write_tokens(
@@ -202,43 +190,14 @@ def _write_tokens(
 ) -> ForeignFile:
     import torch
 
-    from mmadapt.adapter import ZeroInitAttention
-    from mmadapt.ops.reference import ACTIVATIONS
-
-    if layout == "peft":
-        activation = "identity"
-    if activation not in ("tanh", "identity"):
-        raise AdapterFileError(
-            f"activation is {activation!r}",
-            'say what the reading code puts before the gates: "tanh" or "identity"',
-        )
-    record, layers, depth = parts(m, name)
-    if len(record.adapters) != 1 or not isinstance(record.adapters[0], ZeroInitAttention):
-        raise AdapterFileError(
-            f"layout {layout!r} holds tokens and gates alone, and this attachment has "
-            f"{', '.join(type(a).__name__ for a in record.adapters)}"
-        )
-    adapter = record.adapters[0]
-    top = [f"0/text.layers[{i}].attn.heads:in" for i in range(depth - len(layers), depth)]
-    if adapter.visual != "none" or adapter.heads is not None or sorted(layers) != sorted(top):
-        raise AdapterFileError(
-            f"layout {layout!r} holds tokens of all heads in the top layers, without features",
-            f"this is {adapter} at {', '.join(record.sites[0][:3])}",
-        )
-    prompts = [layers[key].prompt.detach().cpu() for key in top]
-    gates = [ACTIVATIONS[adapter.activation](layers[key].gate.detach().cpu()) for key in top]
-    if activation == "tanh":
-        if any(bool((gate.abs() >= 1).any()) for gate in gates):
-            raise AdapterFileError(
-                "a gate is 1 or more, which no tanh gives", 'pass activation="identity"'
-            )
-        same = adapter.activation == "tanh"
-        raw = [layers[key].gate.detach().cpu() for key in top]
-        gates = raw if same else [torch.atanh(gate) for gate in gates]
+    convention = activation if layout == "official" else "identity"
+    prompts, gates, depth = attached_tokens(m, layout, name, convention)
     if layout == "peft":
         return _write_peft(path, prompts, gates, depth)
     heads = attention_of(m).heads
-    whole = [torch.zeros(1, heads, 1, 1)] * (depth - len(top))
+    if layout == "litgpt":
+        return write_litgpt(path, prompts, [gate.expand(heads) for gate in gates], depth)
+    whole = [torch.zeros(1, heads, 1, 1)] * (depth - len(prompts))
     whole += [gate.expand(heads).reshape(1, heads, 1, 1).clone() for gate in gates]
     stored = {f"layers.{i}.attention.gate": gate for i, gate in enumerate(whole)}
     torch.save({"adapter_query.weight": torch.cat(prompts), **stored}, path)
@@ -273,13 +232,6 @@ def _write_peft(
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(stored, folder / _WEIGHTS, {"format": "pt"})
     return ForeignFile("peft", len(stored))
-
-
-def _check_depth(count: Any, depth: int) -> None:
-    if not isinstance(count, int) or not 0 < count <= depth:
-        raise AdapterFileError(
-            f"the file has tokens for {count} layers, and this backbone has {depth}"
-        )
 
 
 def _output_bias(m: Any) -> bool:

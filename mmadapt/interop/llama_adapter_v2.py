@@ -29,7 +29,7 @@ _LINEARS = {
     "attention.wo": "attn.o", "feed_forward.w1": "mlp.gate", "feed_forward.w3": "mlp.up",
     "feed_forward.w2": "mlp.down",
 }  # fmt: skip
-_NORMS = {"attention_norm": "norm1", "ffn_norm": "norm2"}
+NORMS = {"attention_norm": "norm1", "ffn_norm": "norm2"}
 
 
 def read_chat(m: Any, stored: dict[str, Tensor], name: str) -> ForeignFile:
@@ -51,7 +51,7 @@ def read_chat(m: Any, stored: dict[str, Tensor], name: str) -> ForeignFile:
                     f"{key} has {len(value)} numbers, and {role} of this backbone {len(own)}"
                 )
             value = value.to(own.device, own.dtype) - own
-        values[place] = _halves(value, heads) if heads else value
+        values[place] = halves(value, heads) if heads else value
     attachment = install_tensors(m, LlamaAdapter.v2_chat("input"), name, values)
     return ForeignFile("official_v2", len(places), attachment=attachment)
 
@@ -88,7 +88,7 @@ def _chat_places(m: Any) -> dict[str, tuple[str, int]]:
     places = {"norm.weight": ("0/text.norm:weight/change", 0)}
     turned = {"attention.wq": attention.heads, "attention.wk": attention.key_heads}
     for i in range(depth_of(m)):
-        for theirs, ours in _NORMS.items():
+        for theirs, ours in NORMS.items():
             places[f"layers.{i}.{theirs}.weight"] = (f"0/text.layers[{i}].{ours}:weight/change", 0)
         for theirs, ours in _LINEARS.items():
             site = f"1/text.layers[{i}].{ours}"
@@ -97,11 +97,11 @@ def _chat_places(m: Any) -> dict[str, tuple[str, int]]:
     return places
 
 
-def _halves(vector: Tensor, heads: int) -> Tensor:
+def halves(vector: Tensor, heads: int) -> Tensor:
     """Rows of queries or keys: from rotated pairs side by side, as Meta has them, to halves."""
     return vector.view(heads, -1, 2).transpose(1, 2).reshape(-1).contiguous()
 
 
 def _pairs(vector: Tensor, heads: int) -> Tensor:
-    """The inverse of `_halves`."""
+    """The inverse of `halves`."""
     return vector.view(heads, 2, -1).transpose(1, 2).reshape(-1).contiguous()

@@ -8,7 +8,7 @@ arXiv:2404.07989
              x ← x + c·Σ_v w_v·x_v,   w_v ∝ (cos(x_v, x₃) + 1) / 2
 
 g is a batch norm over regions and a GELU; pos are the backbone's own positions where a token falls on
-six virtual images, averaged. The class token has a trained position and no regions.
+six virtual images, or lines of text, averaged. The class token has a trained position and no regions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from mmadapt.errors import CheckError
 from mmadapt.methods.bottleneck import BottleneckLayer
 from mmadapt.methods.unlock import UnlockLayer
 from mmadapt.ops.points import first_of, region_max, region_mean
-from mmadapt.ops.reference import layer_norm, linear
 
 if TYPE_CHECKING:
     from mmadapt.adapter import Any2Point
@@ -41,13 +40,14 @@ MOMENTUM, EPSILON = 0.1, 1e-5
 
 def layer_at(adapter: Any2Point, site: SiteView, generator: torch.Generator) -> Layer:
     """What Any2Point has at a site: it depends on the role and the port."""
-    from mmadapt.methods.any2point_ends import CloudHead, PointTokens
+    from mmadapt.methods.any2point_ends import CloudCall, CloudHead, PointTokens
 
     if site.port == "weight":
         return UnlockLayer(Unlock(), site, generator)
     if site.port == "in":
         return PositionLayer()
     if site.role.endswith(".mlp"):
+        assert adapter.width is not None  # its own check has set it
         plain = Bottleneck(
             adapter.width,
             activation="quick_gelu",
@@ -56,8 +56,9 @@ def layer_at(adapter: Any2Point, site: SiteView, generator: torch.Generator) -> 
         )
         return BottleneckLayer(plain, site, generator)
     if site.role == "model":
-        return CloudHead(adapter, site, generator)
-    if site.role == "vision.embeddings":
+        head = adapter.classes is not None
+        return CloudHead(adapter, site, generator) if head else CloudCall(adapter, site)
+    if site.role.endswith(".embeddings"):
         return PointTokens(adapter, site, generator)
     return GuidedLayer(adapter, site, generator)
 
@@ -72,7 +73,7 @@ class ViewAttention(Layer):
         self, adapter: Any2Point, sites: Sequence[SiteView], generator: torch.Generator
     ) -> None:
         super().__init__()
-        site = next(site for site in sites if site.role == "vision.layers[0]")
+        site = next(site for site in sites if site.role == f"{adapter.tower}.layers[0]")
         channels, inner = site.width, adapter.view_width
         self.heads = adapter.view_heads
         self.norm_weight, self.norm_bias = (
@@ -91,17 +92,27 @@ class ViewAttention(Layer):
         for tensor in (self.qkv_bias, self.o_bias):
             nn.init.zeros_(tensor)
 
-    def seen(self, x: Tensor, view: int, same: Tensor) -> Tensor:
-        """What tokens x (B, T, C) see of those that share their cell, bool (B, T, T)."""
-        normed = layer_norm(x, self.norm_weight[view], self.norm_bias[view])
-        q, k, v = (
-            linear(normed, self.qkv[view, place], self.qkv_bias[view, place])
-            .unflatten(-1, (self.heads, -1))
-            .transpose(1, 2)
-            for place in range(3)
+    def seen(self, x: Tensor, same: Tensor) -> Tensor:
+        """What tokens x (B, T, C) see in every view of those that share their cell, (V, B, T, C).
+
+        `same`: bool (V, B, T, T).
+        """
+        normed = F.layer_norm(x, x.shape[-1:])  # alike for all views, which then scale it
+        normed = torch.addcmul(
+            self.norm_bias[:, None], normed.flatten(0, 1), self.norm_weight[:, None]
         )
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=same[:, None])
-        return linear(found.transpose(1, 2).flatten(2), self.o[view], self.o_bias[view])
+        weight, bias = self.qkv.flatten(1, 2), self.qkv_bias.flatten(1)[:, None]
+        qkv = torch.baddbmm(bias, normed, weight.mT)  # (V, B·T, 3·I)
+        q, k, v = (
+            part.unflatten(1, x.shape[:2])
+            .unflatten(-1, (self.heads, -1))
+            .transpose(2, 3)
+            .flatten(0, 1)
+            for part in qkv.chunk(3, -1)
+        )
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=same.flatten(0, 1)[:, None])
+        found = found.transpose(1, 2).reshape(VIEWS, -1, self.o.shape[-1])
+        return torch.baddbmm(self.o_bias[:, None], found, self.o.mT).unflatten(1, x.shape[:2])
 
 
 class PositionLayer(Layer):
@@ -127,6 +138,7 @@ class GuidedLayer(Layer):
 
     def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
+        assert adapter.share is not None  # its own check has set it
         self.share_of_views = float(adapter.share)
         self.scale, self.shift = (
             empty(site, 1 + VIEWS, site.width),
@@ -139,50 +151,60 @@ class GuidedLayer(Layer):
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         cloud = cloud_of(context, site)
-        first = y.shape[1] - cloud["near"].shape[-1]  # the class token stands before
-        tokens = y[:, first:].to(self.scale.dtype)
+        count = cloud["near"].shape[-1]
+        behind = int(cloud["last"])  # where the class token stands
+        first = y.shape[1] - count - behind
+        tokens = y[:, first : first + count].to(self.scale.dtype)
         near = first_of(cloud["near"])
-        around = self._regions(region_max(tokens, near) + region_mean(tokens, near), near, 0)
-        seen, alike = [], []
-        for view in range(VIEWS):
-            same = cloud["cells"][:, view]
-            own = first_of(same)
-            mixed = tokens + self.shared.seen(tokens, view, same)
-            seen.append(self._regions(region_mean(mixed, own), own, 1 + view))
-            alike.append((F.cosine_similarity(seen[-1], around, dim=-1) + 1) / 2)
-        weights = torch.stack(alike)  # (V, B, T)
+        around = region_max(tokens, near) + region_mean(tokens, near)
+        around = self._regions(around[None], near[None], slice(0, 1))[0]
+        same = cloud["cells"].transpose(0, 1)  # (V, B, T, T)
+        own = first_of(same)
+        mixed = tokens + self.shared.seen(tokens, same)
+        means = region_mean(mixed.flatten(0, 1), own.flatten(0, 1)).view_as(mixed)
+        seen = self._regions(means, own, slice(1, None))
+        weights = (F.cosine_similarity(seen, around, dim=-1) + 1) / 2  # (V, B, T)
         weights = weights / weights.sum(0).clamp(min=1e-6)
-        change = self.share_of_views * (weights[..., None] * torch.stack(seen)).sum(0)
-        return acc + F.pad(change, (0, 0, first, 0)).to(acc.dtype)
+        change = self.share_of_views * (weights[..., None] * seen).sum(0)
+        return acc + F.pad(change, (0, 0, first, behind)).to(acc.dtype)
 
-    def _regions(self, x: Tensor, first: Tensor, which: int) -> Tensor:
-        """Batch norm and GELU of regions, each at its first token, then given to all its tokens."""
+    def _regions(self, x: Tensor, first: Tensor, which: slice) -> Tensor:
+        """Batch norm and GELU of regions, each at its first token, then given to all its tokens.
+
+        x (K, B, T, C) and first (K, B, T), of K of the norms.
+        """
         if self.training:
-            places = torch.arange(first.shape[1], device=first.device)
-            held = (first == places)[..., None].to(x.dtype)  # (B, T, 1), tokens that hold a region
-            count = held.sum().clamp(min=1)
-            mean = (x * held).sum((0, 1)) / count
-            variance = ((x - mean).square() * held).sum((0, 1)) / count
+            places = torch.arange(first.shape[-1], device=first.device)
+            held = (first == places)[..., None].to(
+                x.dtype
+            )  # (K, B, T, 1), tokens that hold a region
+            count = held.sum((1, 2)).clamp(min=1)
+            mean = (x * held).sum((1, 2)) / count
+            variance = ((x - mean[:, None, None]).square() * held).sum((1, 2)) / count
             with torch.no_grad():
                 self.mean[which].lerp_(mean.to(self.mean.dtype), MOMENTUM)
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 self.variance[which].lerp_(unbiased.to(self.variance.dtype), MOMENTUM)
         else:
             mean, variance = self.mean[which], self.variance[which]
-        normed = (x - mean) * (variance + EPSILON).rsqrt() * self.scale[which] + self.shift[which]
-        activated = F.gelu(normed)
-        return activated.gather(1, first[..., None].expand_as(activated))
+        scale = (variance + EPSILON).rsqrt() * self.scale[which]
+        shift = self.shift[which] - mean * scale
+        activated = F.gelu(torch.addcmul(shift[:, None, None], x, scale[:, None, None]))
+        return activated.gather(2, first[..., None].expand_as(activated))
 
     def describe(self) -> dict[str, Any]:
         return {"share": self.share_of_views}
 
 
-def cloud_of(context: Context, site: SiteView) -> dict[str, Tensor]:
-    """positions (B, 1 + T, C), near (B, T, T) and cells (B, 6, T, T) of this forward pass."""
+def cloud_of(context: Context, site: SiteView) -> dict[str, Any]:
+    """positions (B, 1 + T, C), near (B, T, T), cells (B, 6, T, T) and last of this forward pass.
+
+    `last`: whether the class token stands behind the others.
+    """
     cloud = context.get("cloud")
     if cloud is None:
         raise CheckError(
             f"{site.name} was reached by a call that did not begin with points",
-            "call the model with pixel_values (B, N, 3)",
+            "call the whole model with clouds (B, N, 3)",
         )
     return cloud

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmadapt.core.layer import empty, fill_normal
+from mmadapt.core.layer import Layer, empty, fill_normal
+from mmadapt.core.parts import PatchPositions, WordPositions, Words
 from mmadapt.errors import AdapterError, DataError
 from mmadapt.methods.any2point import EPSILON, MOMENTUM
 from mmadapt.methods.drawn import Drawn
 from mmadapt.ops.points import (
+    along_line,
     farthest_points,
     neighbours,
     pick,
     positions_at,
     projected,
+    rows_at,
     together,
     waves,
 )
@@ -34,7 +37,6 @@ from mmadapt.ops.reference import linear
 if TYPE_CHECKING:
     from mmadapt.adapter import Any2Point
     from mmadapt.core.context import Context
-    from mmadapt.core.parts import PatchPositions
     from mmadapt.core.site import SiteView
 
 #: pairs of convolutions in each of the three rounds
@@ -49,15 +51,17 @@ class PointTokens(Drawn):
     """
 
     additive = False
-    why_not_merge = "it takes points where the backbone takes images"
+    why_not_merge = "it takes points where the backbone takes something else"
 
     def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
         width = site.width
         if width % 8:
             raise AdapterError(f"Any2Point: {width} channels are no multiple of 8")
+        assert adapter.neighbours and adapter.voxel and adapter.cell  # its own check has set them
         self.tokens, self.count = adapter.tokens, adapter.neighbours
-        self.distance, self.voxel, self.cell = adapter.distance, adapter.voxel, adapter.cell
+        self.voxel, self.cell = adapter.voxel, adapter.cell
+        self.distance, self.direction = adapter.distance, adapter.direction
         self._weight(site, generator, "stem", width // 8, 3, bias=False)
         for place, (outputs, pairs) in enumerate(zip((4, 2, 1), PAIRS, strict=True)):
             channels = width // outputs
@@ -95,25 +99,45 @@ class PointTokens(Drawn):
         context: Context,
         site: SiteView,
     ) -> Tensor:
-        points = args[0] if args else next(iter(kwargs.values()))
+        points = context.get("points")
+        points = first_given(args, kwargs) if points is None else points
         check_cloud(points, 4 * self.tokens)
-        parts: PatchPositions = site.span.parts(site.module)  # type: ignore[misc]
-        dtype = points.dtype
+        assert site.span.parts is not None  # the role is there for its positions
+        parts = site.span.parts(site.module)
         centres, tokens = self._tokens(points.to(self.first.dtype))
+        own = self.first_position.to(tokens.dtype).expand(len(points), 1, -1)
+        first = self.first.to(tokens.dtype).expand(len(points), 1, -1)
+        if isinstance(parts, WordPositions):
+            positions, cells = self._on_lines(centres, parts)
+            last = parts.causal
+        else:
+            positions, cells = self._on_images(centres, parts)
+            last = False
+        positions = _joined(own, positions, last)
+        x = _joined(first, tokens, last)
+        near = together((centres / self.voxel).floor())
+        context.tell(
+            cloud={"positions": positions, "near": near, "cells": together(cells), "last": last}
+        )
+        if not isinstance(parts, WordPositions):
+            return x.to(parts.grid.dtype)
+        x = (x + positions).to(parts.table.dtype)  # blocks add them, but words come with theirs
+        return x if parts.norm is None else parts.norm(x)
+
+    def _on_images(self, centres: Tensor, parts: PatchPositions) -> tuple[Tensor, Tensor]:
+        """Positions (B, T, C) and the cells (B, 6, T, 2) of virtual images."""
+        assert self.distance is not None  # checked for the tower
         height, width = parts.size
         places = projected(centres, -self.distance, height, width)  # (B, 6, T, 2)
-        positions = positions_at(parts.grid, places, height, width).mean(1)
-        own = self.first_position.to(positions.dtype).expand(len(points), 1, -1)
         side = places.new_tensor([width / parts.grid.shape[1], height / parts.grid.shape[0]])
-        context.tell(
-            cloud={
-                "positions": torch.cat([own, positions], 1),
-                "near": together((centres / self.voxel).floor()),
-                "cells": together((places / (self.cell * side)).floor()),
-            }
-        )
-        first = self.first.to(tokens.dtype).expand(len(points), 1, -1)
-        return torch.cat([first, tokens], 1).to(dtype)
+        positions = positions_at(parts.grid, places, height, width).mean(1)
+        return positions, (places / (self.cell * side)).floor()
+
+    def _on_lines(self, centres: Tensor, parts: WordPositions) -> tuple[Tensor, Tensor]:
+        """Positions (B, T, C) and the cells (B, 6, T, 1) of virtual lines."""
+        assert self.direction is not None  # checked for the tower
+        places = along_line(centres, self.direction, len(parts.table))  # (B, 6, T)
+        return rows_at(parts.table, places).mean(1), (places / self.cell).floor()[..., None]
 
     def _tokens(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Centres (B, T, 3) and their features (B, T, C)."""
@@ -150,6 +174,27 @@ class PointTokens(Drawn):
         return normed.view_as(found)
 
 
+class CloudCall(Layer):
+    """The model's own call, on a cloud. No parameters."""
+
+    additive = False
+    why_not_merge = "it takes points where the backbone takes something else"
+
+    def __init__(self, adapter: Any2Point, site: SiteView) -> None:
+        super().__init__()
+        self.tokens = adapter.tokens
+
+    def around(
+        self,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        context: Context,
+        site: SiteView,
+    ) -> Any:
+        return called(call, args, kwargs, context, site, self.tokens)
+
+
 class CloudHead(Drawn):
     """The model's own call, which gives classes of clouds.
 
@@ -157,13 +202,12 @@ class CloudHead(Drawn):
     """
 
     additive = False
-    taps = ("tokens",)
     why_not_merge = "it gives classes where the backbone gives tokens"
 
     def __init__(self, adapter: Any2Point, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
-        assert adapter.classes is not None  # else there is no such site
-        wide = adapter.head_width
+        assert adapter.classes is not None  # else there is no such layer
+        self.tokens, wide = adapter.tokens, adapter.head_width
         shapes = {
             "one": (wide, 2 * site.width),
             "two": (wide, wide),
@@ -180,13 +224,55 @@ class CloudHead(Drawn):
         context: Context,
         site: SiteView,
     ) -> Tensor:
-        call(*args, **kwargs)
-        tokens = context.read(site.taps["tokens"])  # behind the backbone's last norm
-        z = torch.cat([tokens[:, 1:].amax(1), tokens[:, 0]], -1)
+        found = called(call, args, kwargs, context, site, self.tokens)
+        # in a stack a head has made logits of them already
+        x = context.get("last_tokens") if isinstance(found, Tensor) else found[0]
+        context.tell(last_tokens=x)
+        last = context.get("cloud", {}).get("last", False)
+        own, tokens = (x[:, -1], x[:, :-1]) if last else (x[:, 0], x[:, 1:])
+        z = torch.cat([tokens.amax(1), own], -1)
         for name in ("one", "two", "three"):
             z = self.project(z, name)
             z = z if name == "three" else F.relu(z)
         return z
+
+
+#: what says of words which they are, or where
+_OF_WORDS = ("attention_mask", "position_ids", "token_type_ids")
+
+
+def called(
+    call: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    context: Context,
+    site: SiteView,
+    tokens: int,
+) -> Any:
+    """The backbone's output for a cloud: ids it can read stand for it, where it looks at them."""
+    for name in _OF_WORDS:
+        if kwargs.get(name) is not None:
+            raise DataError(f"{name} is given beside a cloud of points", "leave it out")
+    points = first_given(args, kwargs)
+    if site.span.parts is None or points is context.get("ids"):  # in a stack they stand already
+        return call(*args, **kwargs)
+    words: Words = site.span.parts(site.module)
+    check_cloud(points, 4 * tokens)
+    ids = words.ids(len(points), 1 + tokens).to(points.device)
+    others = {name: value for name, value in kwargs.items() if value is not points}
+    context.tell(points=points, ids=ids)
+    found = call(**{**others, words.keyword: ids})
+    context.tell(points=None, ids=None)  # compiled code keeps a context from call to call
+    return found
+
+
+def first_given(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The first argument that is not None."""
+    return next((value for value in (*args, *kwargs.values()) if value is not None), None)
+
+
+def _joined(first: Tensor, tokens: Tensor, last: bool) -> Tensor:
+    return torch.cat([tokens, first] if last else [first, tokens], 1)
 
 
 def check_cloud(points: Any, least: int) -> None:
@@ -194,8 +280,9 @@ def check_cloud(points: Any, least: int) -> None:
     if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != 3:
         seen = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
         raise DataError(
-            f"pixel_values are {seen}, expected clouds of points (B, N, 3)",
-            "cloud[None] adds the batch axis; for images: with mmadapt.disabled(model): …",
+            f"the input is {seen}, expected clouds of points (B, N, 3)",
+            "cloud[None] adds the batch axis; for what the backbone took before: "
+            "with mmadapt.disabled(model): …",
         )
     if not points.is_floating_point() or points.shape[1] < least:
         raise DataError(
@@ -205,9 +292,16 @@ def check_cloud(points: Any, least: int) -> None:
         )
     if torch.compiler.is_compiling():  # values cannot be looked at
         return
+    strange = ~points.detach().isfinite()
+    if strange.any():
+        first = tuple(strange.nonzero()[0].tolist())
+        raise DataError(
+            f"{int(strange.sum())} coordinates are NaN or infinite, the first at {first} of (B, N, 3)",
+            "leave those points out, so that every cloud keeps as many",
+        )
     farthest = float(points.detach().norm(dim=-1).max())
-    if not farthest < 1.5:  # a NaN fails too
+    if farthest > 1.5:
         raise DataError(
             f"a point lies {farthest:.3g} from the origin, expected clouds within the unit ball",
-            "points - points.mean(1, keepdim=True), divided by the largest distance that leaves",
+            "mmadapt.tasks.points.unit_clouds(points) centres and scales them",
         )

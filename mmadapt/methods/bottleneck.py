@@ -138,8 +138,8 @@ class BottleneckLayer(Layer):
 
     @property
     def rowwise(self) -> bool:
-        """Rows may choose where channels are the last axis, nothing is normed and no tap is read."""
-        return self.axis == -1 and self.norm == "none" and not self.taps
+        """Rows may choose where channels are the last axis, no change is normed and no tap is read."""
+        return self.axis == -1 and self.norm != "after" and not self.taps
 
     def fuses_rows(self, y: Tensor, x: Tensor) -> bool:
         if self.training and (self.dropout or self.drop_path):
@@ -163,11 +163,18 @@ class BottleneckLayer(Layer):
             up, up_bias = up * scale, up_bias * scale
         elif self.scale != 1.0:
             up, up_bias = up * self.scale, up_bias * self.scale
-        return t["down"].mT, t["down_bias"].unsqueeze(1), up, up_bias
+        norm = (
+            (t["norm_weight"].unsqueeze(1), t["norm_bias"].unsqueeze(1))
+            if self.norm != "none"
+            else ()
+        )
+        return t["down"].mT, t["down_bias"].unsqueeze(1), up, up_bias, *norm
 
     def after_rows(self, operands: Any, acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        down, down_bias, up, up_bias = operands
+        down, down_bias, up, up_bias, *norm = operands
         z = by_row(x if self.parallel else y, down.dtype)
+        if norm:
+            z = F.layer_norm(z, z.shape[-1:]) * norm[0] + norm[1]
         hidden = ACTIVATIONS[self.activation](torch.baddbmm(down_bias, z, down))
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)

@@ -128,6 +128,11 @@ def require_time(site: SiteView, what: str) -> None:
             f"{what} convolves along time, and {site.name} does not hold frames",
             "choose a site such as 'audio.layers[*].mlp'; mmadapt.Convpass is for images",
         )
+    refuse_cached(site, what)
+
+
+def refuse_cached(site: SiteView, what: str) -> None:
+    """Refuse a decoder's site for a layer that reads several tokens at once."""
     if site.role.startswith("text."):
         raise AdapterError(
             f"{what} at {site.name} would not see the tokens that a decoder has already cached",

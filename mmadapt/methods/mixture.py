@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform, require_aligned
 from mmadapt.errors import AdapterError
-from mmadapt.methods.conv_time import frame_mask
+from mmadapt.methods.conv_time import frame_mask, refuse_cached
 from mmadapt.ops.reference import ACTIVATIONS, linear
 from mmadapt.ops.sound import soft_dispatch
 
@@ -85,6 +85,7 @@ class SoftMoALayer(_Experts):
 
     def __init__(self, adapter: SoftMoA, site: SiteView, generator: torch.Generator) -> None:
         super().__init__(adapter, site, generator)
+        refuse_cached(site, "SoftMoA")
         self.slots = empty(site, site.width_in, adapter.experts * adapter.slots)
         fill_normal(self.slots, math.sqrt(2 / sum(self.slots.shape)), generator)
 

@@ -81,6 +81,17 @@ def check_volume(volume: Tensor, channels: int, unit: int, side: int) -> None:
             if last
             else "stack one volume a row: (D, H, W) each, and one channel",
         )
+    # values cannot be looked at while compiling
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(volume.detach().sum())):
+        wrong = ~torch.isfinite(volume.detach())
+        if bool(wrong.any()):  # a sum may overflow without one
+            first = tuple(wrong.nonzero()[0].tolist())
+            raise DataError(
+                f"{int(wrong.sum())} of {volume.numel()} voxels are not finite numbers, the first at "
+                f"{first}: {volume[first].item():g}",
+                "one of them would spread over the whole mask: read the file with nan=0.0, or replace "
+                "them (torch.nan_to_num)",
+            )
     if side and set(shape[2:]) != {side}:
         raise DataError(
             f"a volume of {shape[2:]} voxels does not fit the released layout, whose crops are cubes",

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
 from mmadapt.errors import AdapterError, CheckError
-from mmadapt.ops.reference import ACTIVATIONS, gated_attention, linear
+from mmadapt.ops.attention import gated_attention
+from mmadapt.ops.reference import ACTIVATIONS, linear
 
 if TYPE_CHECKING:
     from mmadapt.adapter import ZeroInitAttention
@@ -64,6 +65,13 @@ class ZeroInitAttentionLayer(Layer):
         self.heads, self.activation, self.visual = adapter.heads, adapter.activation, adapter.visual
         if self.visual != "none":
             self.facts = ("visual",)  # type: ignore[misc]
+            self.features = adapter.features
+            if not adapter.projected and adapter.features != attention.width:
+                raise AdapterError(
+                    f"{type(adapter).__name__}: features is {adapter.features}, and without a "
+                    f"projection {site.name} needs {attention.width}",
+                    "leave projected=True, or project them yourself",
+                )
         if self.visual != "tokens":
             self.prompt = empty(site, adapter.length, attention.width)
             fill_normal(self.prompt, 1.0, generator)
@@ -103,17 +111,17 @@ class ZeroInitAttentionLayer(Layer):
     def _seen(self, x: Tensor, context: Context) -> Tensor:
         """The tokens of every row (B, K, C), with the features that came with this forward pass."""
         features = context.get("visual")
-        matrix = self.shared.matrix
+        width = self.features
         if features is None:
             raise CheckError(
                 "this adapter sees images, and the forward pass was given no features of any",
                 "with mmadapt.context(model, visual=features): …, features being (B, "
-                f"{matrix.shape[1]}) or (B, N, {matrix.shape[1]})",
+                f"{width}) or (B, N, {width})",
             )
-        if features.ndim not in (2, 3) or features.shape[-1] != matrix.shape[1]:
+        if features.ndim not in (2, 3) or features.shape[-1] != width:
             raise CheckError(
-                f"the visual features are {tuple(features.shape)}, expected (B, {matrix.shape[1]}) "
-                f"or (B, N, {matrix.shape[1]})"
+                f"the visual features are {tuple(features.shape)}, expected (B, {width}) "
+                f"or (B, N, {width})"
             )
         if x.shape[0] % features.shape[0]:
             raise CheckError(
@@ -121,7 +129,9 @@ class ZeroInitAttentionLayer(Layer):
                 f"{x.shape[0]} rows of this batch",
                 "give features for every row; beams and several answers to one row share theirs",
             )
-        seen = linear(features, matrix, self.shared.bias)
+        seen = features
+        if self.shared is not None:
+            seen = linear(features, self.shared.matrix, self.shared.bias)
         seen = seen[:, None] if seen.ndim == 2 else seen
         seen = seen.repeat_interleave(x.shape[0] // features.shape[0], dim=0)
         if self.visual == "tokens":

@@ -13,7 +13,11 @@ from torch.nn import functional as F
 
 
 def farthest_points(points: Tensor, count: int) -> Tensor:
-    """Indices (B, count) of points (B, N, 3), each the farthest from those before; the first is 0."""
+    """Indices (B, count) of points (B, N, 3), each the farthest from those before; the first is 0.
+
+    Nothing is drawn, and of points equally far the one that stands first is taken, so that a cloud has
+    the same centres every time; one stored in another order may have others.
+    """
     points = points.detach()
     batch = torch.arange(len(points), device=points.device)
     chosen = torch.zeros(len(points), dtype=torch.long, device=points.device)
@@ -85,6 +89,26 @@ def positions_at(table: Tensor, places: Tensor, height: float, width: float) -> 
     maps = table.movedim(-1, 0)[None].to(places.dtype).expand(len(places), -1, -1, -1)
     found = F.grid_sample(maps, grid, mode="bilinear", align_corners=True)  # (B, C, V, T)
     return found.permute(0, 2, 3, 1)
+
+
+def along_line(points: Tensor, direction: tuple[float, float, float], rows: int) -> Tensor:
+    """Where points (B, T, 3) fall on a line in six views, (B, 6, T) from 0 to rows − 1.
+
+    A view's line reaches from the first of the cloud's own points along `direction` to the last.
+    """
+    way = torch.tensor(direction, dtype=torch.float64)
+    ways = (views(torch.float64) @ (way / way.norm())).to(points)  # (6, 3)
+    far = points @ ways.T  # (B, T, 6)
+    low, high = far.amin(1, keepdim=True), far.amax(1, keepdim=True)
+    return ((far - low) / (high - low).clamp(min=1e-6) * (rows - 1)).transpose(1, 2)
+
+
+def rows_at(table: Tensor, places: Tensor) -> Tensor:
+    """Rows of a table (L, C) at places (…) from 0 to L − 1, linear between two of them: (…, C)."""
+    low = places.detach().floor().clamp(0, max(len(table) - 2, 0)).long()
+    share = (places - low)[..., None]
+    table = table.to(places.dtype)
+    return table[low] * (1 - share) + table[(low + 1).clamp(max=len(table) - 1)] * share
 
 
 def together(cells: Tensor) -> Tensor:

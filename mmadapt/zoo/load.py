@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import Backbone
+from mmadapt.core.known import KNOWN
 from mmadapt.errors import MissingDependencyError, ZooError
 from mmadapt.zoo.manifest import Entry, data_folder, entry
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+#: a feature extractor of transformers -> "module:class" of ours, with `from_folder`
+PREPROCESS = {"ASTFeatureExtractor": "mmadapt.tasks.audio.spectrum:SpectrumFeatures"}
 
 
 def load(name: str | Path) -> Backbone:
@@ -65,7 +70,12 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        return Backbone(_transformers(folder, quiet=item is not None), entry=item)
+        if _hears_log_mel(folder):
+            model = _log_mel(folder)
+        else:
+            model = _transformers(folder, quiet=item is not None)
+        reads = _characters if type(model).__name__.endswith("ForCTC") else _tokenizer
+        return Backbone(model, _preprocess(folder), reads(folder), entry=item)
     raise ZooError(
         f"{folder} holds neither open_clip_config.json nor config.json",
         "point at the folder with the model's configuration and weights",
@@ -73,23 +83,79 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
 
 
 def _transformers(folder: Path, quiet: bool) -> nn.Module:
-    """A model in the precision its configuration names; the global random state stays where it is.
+    """A model of the class and precision its configuration names; the global random state stays.
 
-    `quiet` keeps transformers' progress bar away, which a model of a few megabytes does not need.
+    A class without an anatomy of its own, such as one for pretraining, gives its bare encoder. `quiet`
+    keeps transformers' progress bar away, which a model of a few megabytes does not need.
     """
     import torch
-    from transformers import AutoModel
+    import transformers
     from transformers.utils import logging
 
+    config = json.loads((folder / "config.json").read_text())
+    cls = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModel)
+    if f"{cls.__module__}.{cls.__qualname__}" not in KNOWN:
+        cls = transformers.AutoModel
     shown = logging.is_progress_bar_enabled()
     if quiet:
         logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
-            return AutoModel.from_pretrained(folder).eval()
+            return cls.from_pretrained(folder).eval()
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside the model, None where there is none; nothing is fetched."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _hears_log_mel(folder: Path) -> bool:
+    """Whether the configuration asks for a front end without parameters."""
+    return "log_mel" in json.loads((folder / "config.json").read_text())
+
+
+def _log_mel(folder: Path) -> nn.Module:
+    """A wav2vec 2.0 with a CTC head, and a log-mel spectrogram as its front end."""
+    import torch
+    from transformers import Wav2Vec2Config
+
+    from mmadapt.backbones.log_mel import build
+
+    with torch.random.fork_rng(devices=[]):
+        model = build(Wav2Vec2Config.from_pretrained(folder))
+    _fill(model, folder)
+    return model.eval()
+
+
+def _characters(folder: Path) -> Any:
+    """The tokenizer of a folder with a `vocab.json`, which adds no tokens of its own; else None."""
+    if not (folder / "vocab.json").is_file():
+        return None
+    from transformers import Wav2Vec2CTCTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        return Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    none: Any = None
+    return Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"), unk_token=none, bos_token=none, eos_token=none
+    )
+
+
+def _preprocess(folder: Path) -> Any:
+    """What turns clips into a sound model's inputs, or None for other kinds of models."""
+    import importlib
+
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    module, _, name = PREPROCESS.get(settings.get("feature_extractor_type", ""), "").partition(":")
+    return getattr(importlib.import_module(module), name).from_folder(folder) if module else None
 
 
 def _open_clip(folder: Path, item: Entry | None) -> Backbone:

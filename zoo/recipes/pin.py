@@ -18,7 +18,14 @@ ROLES = {
     "open_clip_config.json": "config",
     "preprocessor_config.json": "preprocessing",
     "bpe.txt.gz": "tokenizer",
+    "chat_template.jinja": "tokenizer",
+    "generation_config.json": "config",
+    "tokenizer.json": "tokenizer",
+    "tokenizer_config.json": "tokenizer",
+    "vocab.json": "tokenizer",
     "metrics.json": "metrics",
+    "clips.opus": "clips",
+    "clips.json": "clips",
 }
 
 

@@ -11,6 +11,7 @@ clip.figure(features)                                     # the wave, and what t
 from mmadapt.tasks.audio.augment import SpecAugment
 from mmadapt.tasks.audio.batch import Batch
 from mmadapt.tasks.audio.clip import Audio
+from mmadapt.tasks.audio.padding import fix_conformer_padding
 from mmadapt.tasks.audio.positions import fit_positions
 from mmadapt.tasks.audio.reading import load_audio
 from mmadapt.tasks.audio.resample import resample
@@ -27,6 +28,7 @@ __all__ = [
     "WaveFeatures",
     "check_splits",
     "fit_positions",
+    "fix_conformer_padding",
     "load_audio",
     "over_windows",
     "resample",

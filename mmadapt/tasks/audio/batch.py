@@ -31,7 +31,7 @@ class Batch:
         return f"Batch({shapes}; lengths {self.lengths.min()} to {self.lengths.max()})"
 
 
-def check_clips(clips: Sequence[Audio], rate: int, least: int) -> list[Audio]:
+def check_clips(clips: Audio | Sequence[Audio], rate: int, least: int) -> list[Audio]:
     """The clips, each at `rate` and with `least` samples or more; else a `DataError` that names it."""
     if isinstance(clips, Audio):
         clips = [clips]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any, Literal
 
-from mmadapt.core.backbone import unwrap_model
+from mmadapt.core.backbone import Backbone, unwrap_model
 from mmadapt.errors import BackboneError, DataError
+from mmadapt.tasks.audio.spectrum import SpectrumFeatures
 
 
 def fit_positions(
@@ -16,7 +19,7 @@ def fit_positions(
     Its grid of position embeddings is interpolated along time (bilinear), or with "crop" its middle is
     kept; those of the two special tokens stay. Changes the backbone, so it comes before `attach`, and
     before an adapter file is loaded. Loading a shorter model with mismatched sizes ignored would leave
-    zeros in their place.
+    zeros in their place. The `preprocess` of a `Backbone` follows.
     """
     import torch
     from torch import nn
@@ -52,5 +55,11 @@ def fit_positions(
     model.embeddings.position_embeddings = nn.Parameter(
         torch.cat([special, patches], 1), requires_grad=old.requires_grad
     )
-    config.max_length = frames
+    own = copy.deepcopy(config)  # other models may have been built from the same one
+    own.max_length = frames
+    for module in root.modules():
+        if getattr(module, "config", None) is config:
+            module.config = own
+    if isinstance(m, Backbone) and isinstance(m.preprocess, SpectrumFeatures):
+        m.preprocess = dataclasses.replace(m.preprocess, frames=frames)
     return bands, columns

@@ -9,10 +9,13 @@ length (and `fit_positions`), or let `masked` batches tell the encoder which pat
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.backbone import unwrap_model
 from mmadapt.errors import DataError, MissingDependencyError
 from mmadapt.tasks.audio.batch import Batch, check_clip, check_clips
 from mmadapt.tasks.audio.clip import Audio
@@ -20,7 +23,7 @@ from mmadapt.tasks.audio.clip import Audio
 if TYPE_CHECKING:
     from torch import Tensor
 
-WINDOW, HOP = 400, 160  # samples at 16 kHz
+WINDOW, HOP = 25.0, 10.0  # milliseconds
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class SpectrumFeatures:
 
     `mean` and `std` are AudioSet's; `fitted` takes those of other recordings. With `masked` a batch
     holds an `attention_mask` (B, tokens), by which the encoder and adapters keep off patches that
-    begin in padding, as AST was not trained; without it, as it was.
+    begin in padding, as AST was not trained; without it, as it was. Called with clips it gives `batch`.
     """
 
     frames: int = 1024
@@ -42,9 +45,16 @@ class SpectrumFeatures:
     masked: bool = False
 
     @classmethod
-    def for_model(cls, model: Any, **changes: Any) -> SpectrumFeatures:
-        """Those that an AST of transformers takes, by its config."""
-        config = model.config
+    def for_model(cls, m: Any, **changes: Any) -> SpectrumFeatures:
+        """Those that an AST of transformers takes, by its config, or a `Backbone` by its `preprocess`.
+
+        A config tells neither the rate nor the statistics; a published AST's are the defaults here.
+        """
+        own = getattr(m, "preprocess", None)
+        if isinstance(own, cls):
+            return dataclasses.replace(own, **changes)
+        model = unwrap_model(m)
+        config: Any = model.config
         if config.model_type != "audio-spectrogram-transformer":
             raise DataError(
                 f"{type(model).__name__} takes no spectrograms of this kind",
@@ -58,16 +68,47 @@ class SpectrumFeatures:
             **changes,
         )
 
+    @classmethod
+    def from_folder(cls, folder: Path) -> SpectrumFeatures:
+        """Those of an AST saved by transformers: its config, and its feature extractor's where there is one."""
+        model = json.loads((folder / "config.json").read_text())
+        path = folder / "preprocessor_config.json"
+        own = json.loads(path.read_text()) if path.is_file() else {}
+        named = {"mean": "mean", "std": "std", "sampling_rate": "rate"}
+        return cls(
+            model["max_length"],
+            model["num_mel_bins"],
+            patch=model["patch_size"],
+            strides=(model["frequency_stride"], model["time_stride"]),
+            **{ours: own[theirs] for theirs, ours in named.items() if theirs in own},
+        )
+
+    def __call__(self, clips: Audio | Sequence[Audio]) -> Batch:
+        return self.batch(clips)
+
+    @property
+    def window(self) -> int:
+        """Samples that one frame sees: 25 ms."""
+        return int(self.rate * WINDOW * 0.001)
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next: 10 ms."""
+        return int(self.rate * HOP * 0.001)
+
     @property
     def seconds(self) -> float:
         """The longest sound that fits."""
-        return (WINDOW + (self.frames - 1) * HOP) / self.rate
+        return (self.window + (self.frames - 1) * self.hop) / self.rate
 
     def spectrum(self, clip: Audio) -> Tensor:
-        """The log-mel filter bank (T, bins), neither padded nor normalised; T = 1 + ⌊(N − 400)/160⌋."""
+        """The log-mel filter bank (T, bins), neither padded nor normalised.
+
+        T = 1 + ⌊(N − window)/hop⌋, at 16 kHz 1 + ⌊(N − 400)/160⌋.
+        """
         import torch
 
-        check_clip(clip, self.rate, WINDOW)
+        check_clip(clip, self.rate, self.window)
         return _kaldi().fbank(
             torch.from_numpy(clip.samples)[None],
             htk_compat=True,
@@ -76,10 +117,11 @@ class SpectrumFeatures:
             window_type="hanning",
             num_mel_bins=self.bins,
             dither=0.0,
-            frame_shift=10.0,
+            frame_length=WINDOW,
+            frame_shift=HOP,
         )
 
-    def batch(self, clips: Sequence[Audio]) -> Batch:
+    def batch(self, clips: Audio | Sequence[Audio]) -> Batch:
         """Normalised spectrograms (B, frames, bins) as `input_values`, whatever is beside a clip.
 
         A clip that is longer than `seconds` is refused, not cut.
@@ -87,8 +129,9 @@ class SpectrumFeatures:
         import torch
         from torch.nn import functional as F
 
-        spectra = [self.spectrum(clip) for clip in check_clips(clips, self.rate, WINDOW)]
-        for place, (clip, one) in enumerate(zip(clips, spectra, strict=True)):
+        checked = check_clips(clips, self.rate, self.window)
+        spectra = [self.spectrum(clip) for clip in checked]
+        for place, (clip, one) in enumerate(zip(checked, spectra, strict=True)):
             if len(one) > self.frames:
                 raise DataError(
                     f"clip {place} is {clip.seconds:.2f} s long, {len(one)} frames, and the model takes "
@@ -123,7 +166,7 @@ class SpectrumFeatures:
         import torch
 
         total, squares, count = 0.0, 0.0, 0
-        for clip in check_clips(clips, self.rate, WINDOW):
+        for clip in check_clips(clips, self.rate, self.window):
             values = self.spectrum(clip)[: self.frames].to(torch.float64)
             total, squares = total + float(values.sum()), squares + float(values.square().sum())
             count += values.numel()

@@ -39,7 +39,7 @@ class WaveFeatures:
                 "SpectrumFeatures.for_model(model) is for spectrogram transformers",
             )
         layered = getattr(config, "feat_extract_norm", "layer") == "layer"
-        options = {"masked": layered, **changes}
+        options: dict[str, Any] = {"masked": layered, **_of_log_mel(config), **changes}
         return cls(tuple(config.conv_kernel), tuple(config.conv_stride), **options)
 
     def frames(self, samples: int) -> int:
@@ -80,3 +80,9 @@ class WaveFeatures:
         if self.masked:
             inputs["attention_mask"] = (torch.arange(whole.shape[1]) < lengths[:, None]).long()
         return Batch(inputs, lengths)
+
+
+def _of_log_mel(config: Any) -> dict[str, Any]:
+    """What differs for a model that hears a log-mel spectrogram: its rate, and the level is its own affair."""
+    settings = getattr(config, "log_mel", None)
+    return {"rate": settings["rate"], "normalise": False} if settings else {}

@@ -21,17 +21,16 @@ def accuracy_figure(comparison: Comparison) -> Any:
         results = sorted(comparison.results, key=lambda result: result.accuracy)
         colours = ["#9aa4b2" if r.method in _BASELINES else "#1f6feb" for r in results]
         values = [100 * result.accuracy for result in results]
+        spreads = [100 * result.spread for result in results]
         axes.barh(
             [result.method for result in results],
             values,
-            xerr=[100 * result.spread for result in results],
+            xerr=spreads if any(spreads) else None,
             color=colours,
             error_kw={"elinewidth": 1, "capsize": 2},
         )
-        for place, (value, result) in enumerate(zip(values, results, strict=True)):
-            axes.text(
-                value + 100 * result.spread + 1, place, f"{value:.1f}", va="center", fontsize=8
-            )
+        for place, (value, spread) in enumerate(zip(values, spreads, strict=True)):
+            axes.text(value + spread + 1, place, f"{value:.1f}", va="center", fontsize=8)
         axes.set_xlim(0, max(100.0, *values))
         axes.set_xlabel(f"test accuracy %, {shots[0]} shots a class (grey: baselines)")
     else:

@@ -17,6 +17,7 @@ from mmadapt.tasks.segment.clicks import boxes_around, click_on_error, first_cli
 from mmadapt.tasks.segment.coarse import CoarseMask, coarse_loss
 from mmadapt.tasks.segment.figure import before_after, overlay, slices
 from mmadapt.tasks.segment.images import check_image, check_stack
+from mmadapt.tasks.segment.inputs import Input, input_of, set_input
 from mmadapt.tasks.segment.intensity import PERCENTILES, WINDOWS, intensity_range, window
 from mmadapt.tasks.segment.loss import PromptedLoss, dice_cross_entropy
 from mmadapt.tasks.segment.metrics import (
@@ -36,6 +37,7 @@ __all__ = [
     "AutoPrompted",
     "CoarseMask",
     "Encoded",
+    "Input",
     "Masks",
     "PromptedLoss",
     "Prompts",
@@ -56,8 +58,10 @@ __all__ = [
     "embed",
     "first_clicks",
     "hausdorff",
+    "input_of",
     "intensity_range",
     "overlay",
+    "set_input",
     "shared_clicks",
     "slices",
     "summary",

@@ -77,6 +77,16 @@ def embed(m: Any, pixels: Tensor, depth: int | None = None) -> Tensor:
         return model.vision_encoder(pixels).last_hidden_state
 
 
+def looks_along_depth(m: Any) -> bool:
+    """Whether a layer that acts asks how many slices a volume has."""
+    bank = bank_of(unwrap_model(m))
+    if bank is None or not bank.acting:
+        return False
+    return any(
+        "depth" in layer.facts for name in bank.active.names for _, layer in bank.layers_of(name)
+    )
+
+
 def _told(model: Any, depth: int | None) -> contextlib.AbstractContextManager[Any]:
     bank = bank_of(model)
     if bank is None or (depth is None and "depth" in bank.forwards.given):

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment.images import check_image, check_stack
+from mmadapt.tasks.segment.inputs import input_of
+from mmadapt.tasks.segment.intensity import window
 from mmadapt.tasks.segment.model import decode, embed, sam_kind, sides, stretches
 from mmadapt.tasks.segment.prompts import check_prompts, per_slice
 
@@ -71,6 +73,10 @@ class Segmenter:
 
         stack = sam.encode_stack(slices)
         volume = sam.predict(stack, points=[(120, 80)], labels=[1]).masks
+
+    Where the adapters that act say how their images were made (`set_input`), the same is done here:
+    grey values of any type are brought to their window, pixels normalised and clicks given as they were
+    in training; bytes are taken as windowed already.
     """
 
     def __init__(self, model: Any) -> None:
@@ -86,19 +92,27 @@ class Segmenter:
 
     def prepare(self, image: Any, grey: bool = False) -> Tensor:
         """An image uint8 (H, W, 3) as the encoder takes it, float (3, side, side)."""
-        array = check_image(image, grey)
+        wanted = input_of(self.model)
+        if wanted.image_side not in (None, self.side):
+            raise DataError(
+                f"the active adapter was trained on images {wanted.image_side} pixels a side, this SAM "
+                f"takes {self.side}",
+                "give the SAM that side first: mmadapt.interop.sam.resize_positions",
+            )
+        array = check_image(self._windowed(image, grey), grey)
         pixels = torch.from_numpy(numpy.ascontiguousarray(array)).permute(2, 0, 1)[None].float()
         height, width = self.resized(array.shape[:2])  # type: ignore[arg-type]
         pixels = F.interpolate(
             pixels, (height, width), mode="bilinear", align_corners=False, antialias=True
         )
         mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
-        pixels = (pixels - mean) / deviation
+        pixels = pixels / 255 if wanted.normalise == "0-1" else (pixels - mean) / deviation
         return F.pad(pixels, (0, self.side - width, 0, self.side - height))[0]
 
     @torch.no_grad()
     def encode(self, image: Any, grey: bool = False) -> Encoded:
         """Run the encoder on one image, uint8 (H, W, 3); with `grey` also (H, W)."""
+        image = self._windowed(image, grey)
         size = check_image(image, grey).shape[:2]
         pixels = self.prepare(image, grey).to(next(self.model.parameters()))
         return Encoded(embed(self.model, pixels[None]), size, self.resized(size))  # type: ignore[arg-type]
@@ -106,7 +120,7 @@ class Segmenter:
     @torch.no_grad()
     def encode_stack(self, slices: Any, grey: bool = False) -> Encoded:
         """Run the encoder on the slices of one volume, uint8 (D, H, W, 3); with `grey` (D, H, W)."""
-        array = check_stack(slices, grey)
+        array = check_stack(self._windowed(slices, grey), grey)
         pixels = torch.stack([self.prepare(own, grey) for own in array])
         size = (array.shape[1], array.shape[2])
         embedding = embed(self.model, pixels.to(next(self.model.parameters())), len(array))
@@ -145,6 +159,18 @@ class Segmenter:
             return Masks(own[:, 0], overlaps[:, 0], low[:, 0], stacked=True)
         return Masks(own[0], overlaps[0], low[0])
 
+    def _windowed(self, values: Any, grey: bool) -> Any:
+        """Grey values brought to the window of the active adapters, where they name one."""
+        array, wanted = numpy.asarray(values), input_of(self.model).window
+        if (
+            not grey
+            or wanted is None
+            or array.dtype.kind not in "iuf"
+            or array.dtype == numpy.uint8
+        ):
+            return values
+        return window(array, wanted) if isinstance(wanted, str) else window(array, *wanted)
+
     def _prompts(
         self, image: Encoded, points: Any, labels: Any, box: Any, mask: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -171,10 +197,13 @@ class Segmenter:
         def square(xy: numpy.ndarray | None) -> Any:
             return None if xy is None else (xy.reshape(-1, 2) * scale).reshape(xy.shape)
 
+        # a click as its adapter was trained to read it; boxes are (x1, y1, x2, y2) in any case
+        order = [1, 0] if input_of(self.model).click_order == "row_col" else [0, 1]
+        points = [None if own.points is None else square(own.points)[:, order] for own in given]
         kinds = together([own.labels for own in given])
         masks = together([own.mask for own in given])
         return (
-            together([square(own.points) for own in given]),
+            together(points),
             None if kinds is None else kinds.long(),
             together([square(own.box) for own in given]),
             None if masks is None else masks[:, None],

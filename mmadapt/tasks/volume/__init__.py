@@ -14,6 +14,7 @@ from mmadapt.tasks.volume.blend import OUTSIDE
 from mmadapt.tasks.volume.dicom import read_dicom
 from mmadapt.tasks.volume.figure import planes_figure
 from mmadapt.tasks.volume.grid import Grid, regrid
+from mmadapt.tasks.volume.loss import VolumeLoss
 from mmadapt.tasks.volume.nifti import (
     create_mask,
     open_nifti,
@@ -22,6 +23,7 @@ from mmadapt.tasks.volume.nifti import (
     save_mask,
 )
 from mmadapt.tasks.volume.prompts import Box, Point, box_of, from_mask, next_click
+from mmadapt.tasks.volume.segmenter import VolumeSegmenter
 from mmadapt.tasks.volume.slices import SliceSegmenter
 from mmadapt.tasks.volume.structures import Score, score_structures, score_table
 from mmadapt.tasks.volume.volume import Step, Volume
@@ -36,6 +38,8 @@ __all__ = [
     "SliceSegmenter",
     "Step",
     "Volume",
+    "VolumeLoss",
+    "VolumeSegmenter",
     "box_of",
     "create_mask",
     "from_mask",

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapt.errors import DataError
+from mmadapt.tasks.segment.inputs import acting, input_of
+from mmadapt.tasks.segment.model import looks_along_depth
 from mmadapt.tasks.segment.segmenter import Encoded, Segmenter
 from mmadapt.tasks.volume.prompts import (
     Box,
@@ -21,10 +23,13 @@ from mmadapt.tasks.volume.prompts import (
     moved_box,
     moved_points,
 )
+from mmadapt.tasks.volume.trained import as_trained
 from mmadapt.tasks.volume.volume import Volume
 
 #: encoded slices that are kept for the next click
 KEPT = 64
+#: slices encoded together for adapters that look along the depth and do not say how many they saw
+TOGETHER = 12
 
 
 @dataclass
@@ -47,19 +52,24 @@ class SliceSegmenter:
         study.propagate()                       # and its neighbours follow
         save_mask("liver.nii.gz", study.mask, ct)
 
-    A slice is encoded once, the `KEPT` last ones are remembered. The volume has one channel of 0 to
-    1, as `Volume.window` gives. Slices along another axis: `volume.oriented("SAR")` and the like.
+    A slice is encoded once, the `KEPT` last ones are remembered. For adapters that look along the
+    depth slices are encoded in stacks of as many as they were trained with (`segment.set_input(model,
+    depth=…)`, else `TOGETHER`), each stack beginning in the middle of the one before, and a slice is
+    taken from the stack in which it has most neighbours. The volume has one channel of 0 to 1, as
+    `Volume.window` gives, or the scanner's values where the adapters say what window they were trained
+    with. Slices along another axis: `volume.oriented("SAR")` and the like.
     """
 
     def __init__(self, model: Any, volume: Volume) -> None:
         self.segmenter = model if isinstance(model, Segmenter) else Segmenter(model)
-        self.volume = volume
+        self.volume = as_trained(self.segmenter.model, volume)
         if len(volume.array) != 1:
             raise DataError(f"{volume.name} has {len(volume.array)} channels, expected one")
         self.mask = numpy.zeros(volume.size, bool)
         self._asked: dict[int, _Asked] = {}
         self._low: dict[int, Tensor] = {}
         self._encoded: OrderedDict[int, Encoded] = OrderedDict()
+        self._by = acting(self.segmenter.model)  # the adapters that encoded them
 
     @property
     def prompted(self) -> list[int]:
@@ -118,8 +128,8 @@ class SliceSegmenter:
     def propagate(self, reach: int | None = None, margin: int = 1) -> numpy.ndarray:
         """Carry the answers to the slices between and beyond the prompted ones; the mask, bool.
 
-        The box of a slice's mask, `margin` voxels wider, is the prompt of the next one, both ways,
-        until a mask is empty or `reach` slices on. A prompted slice stays as it is; between two of
+        The box of a slice's mask (of its largest connected part), `margin` voxels wider, is the prompt of
+        the next one, both ways, until a mask is empty or `reach` slices on. A prompted slice stays as it is; between two of
         them each goes half of the way.
         """
         if not self._asked:
@@ -160,6 +170,7 @@ class SliceSegmenter:
             if not mask.any():
                 return
             place += direction
+            mask = _largest_part(mask)
             rows, columns = numpy.flatnonzero(mask.any(1)), numpy.flatnonzero(mask.any(0))
             box = Box(0, rows[0] - margin, columns[0] - margin, 1, rows[-1] + 1 + margin, columns[-1] + 1 + margin)  # fmt: skip
             self._take(place, box=_around(box, self.volume.size))
@@ -189,24 +200,58 @@ class SliceSegmenter:
         return F.pad(small, (0, side - width, 0, side - height), value=-10.0)[0, 0]
 
     def _encode(self, place: int) -> Encoded:
+        now = acting(self.segmenter.model)
+        if now != self._by:  # switched since: what others encoded means nothing to these
+            self._encoded.clear()
+            self._by = now
         if place not in self._encoded:
-            values = numpy.asarray(self.volume.array[0, place])
-            if values.min() < 0 or values.max() > 1:
-                raise DataError(
-                    f"{self.volume.name} holds values from {values.min():g} to {values.max():g} in "
-                    f"slice {place}, expected 0 to 1",
-                    'bring a range of values there first: volume.window("ct abdomen"), "mr", or two '
-                    "numbers",
-                )
-            grey = numpy.rint(values * 255).astype(numpy.uint8)
-            self._encoded[place] = self.segmenter.encode(grey, grey=True)
+            if looks_along_depth(self.segmenter.model):
+                self._encode_stack(place)
+            else:
+                self._encoded[place] = self.segmenter.encode(self._grey(place), grey=True)
         self._encoded.move_to_end(place)
         while len(self._encoded) > KEPT:
             self._encoded.popitem(last=False)
         return self._encoded[place]
 
+    def _encode_stack(self, place: int) -> None:
+        """Encode the stack of `place`, and remember the slices that belong to that stack."""
+        depth = self.volume.size[0]
+        length = min(depth, input_of(self.segmenter.model).depth or TOGETHER)
+        start = _stack_of(place, depth, length)
+        slices = numpy.stack([self._grey(z) for z in range(start, start + length)])
+        stack = self.segmenter.encode_stack(slices, grey=True)
+        for z, own in enumerate(stack.embedding.split(1), start):
+            if _stack_of(z, depth, length) == start:
+                self._encoded[z] = Encoded(own, stack.size, stack.resized)
+
+    def _grey(self, place: int) -> numpy.ndarray:
+        values = numpy.asarray(self.volume.array[0, place])
+        if values.min() < 0 or values.max() > 1:
+            raise DataError(
+                f"{self.volume.name} holds values from {values.min():g} to {values.max():g} in "
+                f"slice {place}, expected 0 to 1",
+                'bring a range of values there first: volume.window("ct abdomen"), "mr", or two '
+                "numbers",
+            )
+        return numpy.rint(values * 255).astype(numpy.uint8)
+
     def _slice(self, z: float) -> int:
         return int(numpy.clip(numpy.floor(z + 0.5), 0, self.volume.size[0] - 1))
+
+
+def _largest_part(mask: numpy.ndarray) -> numpy.ndarray:
+    """The largest connected part of a mask: a speck in a corner would make its box the whole slice."""
+    from scipy.ndimage import label
+
+    marked, count = label(mask)  # type: ignore[misc]
+    return mask if count < 2 else marked == numpy.bincount(marked.ravel())[1:].argmax() + 1
+
+
+def _stack_of(place: int, depth: int, length: int) -> int:
+    """Where the stack of `length` slices begins in which slice `place` is nearest to the middle."""
+    starts = [*range(0, depth - length, max(1, length // 2)), depth - length]
+    return min(starts, key=lambda start: abs(start + (length - 1) / 2 - place))
 
 
 def _around(box: Box, size: tuple[int, int, int]) -> tuple[float, float, float, float]:

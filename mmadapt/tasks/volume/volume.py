@@ -16,10 +16,11 @@ from mmadapt.tasks.volume.stored import Stored
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One thing done to a volume: its name, and the grid before it."""
+    """One thing done to a volume: its name, the grid before it, and of a window its range or name."""
 
     name: str
     before: Grid
+    window: str | tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +74,15 @@ class Volume:
 
         Names are those of `segment.WINDOWS` and `segment.PERCENTILES`.
         """
-        name = low if isinstance(low, str) else f"{low:g} to {high}"
         if isinstance(self.array, Stored):
-            return self._then(f"window {name}", self.array.windowed(low, high), self.affine)
-        bottom, top = intensity_range(self.array, low, high)
-        values = (self.array - bottom) * (1 / (top - bottom))
-        return self._then(f"window {name}", values.clip(0, 1), self.affine)
+            values = self.array.windowed(low, high)
+        else:
+            bottom, top = intensity_range(self.array, low, high)
+            values = ((self.array - bottom) * (1 / (top - bottom))).clip(0, 1)
+        named = low if isinstance(low, str) else (float(low), float(high))  # type: ignore[arg-type]
+        name = low if isinstance(low, str) else f"{low:g} to {high:g}"
+        step = Step(f"window {name}", self.grid, named)
+        return Volume(values, self.affine, (*self.history, step), self.name)
 
     def resample(self, spacing: float | Sequence[float]) -> Volume:
         """The same extent at another spacing in millimetres, one number or (z, y, x), linearly.

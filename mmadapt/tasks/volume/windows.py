@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from mmadapt.errors import DataError, MissingDependencyError
 from mmadapt.tasks.volume.blend import Blend
-from mmadapt.tasks.volume.prompts import check_points, moved_points
+from mmadapt.tasks.volume.prompts import Box, check_box, check_points, moved_box, moved_points
 from mmadapt.tasks.volume.volume import Volume
 
 #: how much longer one side of a voxel may be than another for a three-dimensional network
@@ -56,44 +58,53 @@ def predict_whole(
 
 def predict_at(
     volume: Volume,
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    network: Callable[..., Tensor],
     window: Sequence[int],
-    points: Any,
-    labels: Any,
+    points: Any = None,
+    labels: Any = None,
     out: Any = None,
+    box: Any = None,
+    mask: Any = None,
 ) -> Any:
-    """Logits (K, D, H, W) of a network that is clicked, in windows around the clicks on the object.
+    """Logits (K, D, H, W) of a network that is prompted, in windows around what is prompted.
 
-    Points (N, 3) are (z, y, x) in the original image, labels 1 on the object and 0 beside it. The
-    network takes a window (1, C, d, h, w), the clicks within it (1, N, 3) as (z, y, x) in voxels of
-    the window, and their labels (1, N). Voxels outside of all windows get the logit `OUTSIDE`. To
-    refine an answer call again with more points; `next_click` finds one where a truth is known.
+    Points (N, 3) are (z, y, x) in the original image, labels 1 on the object and 0 beside it; a window
+    stands around each click on the object that does not lie in the inner half of an earlier one, and
+    windows cover the box (z1, y1, x1, z2, y2, x2), where one is given. The network takes a window
+    (1, C, d, h, w), the clicks within it (1, N, 3) as (z, y, x) in voxels of the window, and their
+    labels (1, N). A box and a mask (D, H, W), logits on the grid of `volume` such as an earlier answer,
+    reach networks that have the keywords `box` (1, 6), cut off at the window, and `mask`
+    (1, 1, d, h, w). Voxels outside of all windows get the logit `OUTSIDE`. To refine an answer call
+    again with more points; `next_click` finds one where a truth is known.
     """
     size = check_window(volume, window)
-    at, kinds = check_points(points, labels, volume.original)
-    at = moved_points(at, volume.original, volume.grid)
-    beyond = [p for p in at if ((p < -0.5) | (p > numpy.array(volume.size) - 0.5)).any()]
-    if beyond:
-        raise DataError(
-            f"a click lies outside of the part that was kept: {beyond[0].round(1).tolist()} of "
-            f"{volume.size} voxels",
-            "crop less, or leave the click out",
-        )
-    centres = at[kinds == 1]
-    if not len(centres):
-        raise DataError("no click is on the object", "give at least one point labelled 1")
-    room = numpy.maximum(numpy.array(volume.size) - size, 0)
-    low = (numpy.rint(centres).astype(int) - numpy.array(size) // 2).clip(0, room)
-    starts = sorted({tuple(map(int, start)) for start in low})
+    if points is None and box is None:
+        raise DataError("there is no prompt", "give points with labels, or a box")
+    for name, given in (("box", box), ("mask", mask)):
+        if given is not None and not _takes(network, name):
+            raise DataError(
+                f"a {name} was given, and this network takes clicks alone",
+                f"leave it out; one that takes it has the keyword {name}",
+            )
+    at, kinds = _clicks(volume, points, labels, box)
+    around = None if box is None else _box(volume, box)
+    before_box = [] if around is None else _over(volume, around, size)
+    starts = before_box + _around(volume, at[kinds == 1], size, before_box)
+    earlier = None if mask is None else _as_volume(mask, volume)
     before = _before(volume, size)
 
     blend = None
-    for start in starts:
+    for start in sorted(starts):
         own = at - start + before
         inside = ((own > -0.5) & (own < numpy.array(size) - 0.5)).all(1)
         given = torch.from_numpy(own[inside])[None].float(), torch.from_numpy(kinds[inside])[None]
+        more = {}
+        if around is not None:
+            more["box"] = torch.from_numpy(_within(around, start - before, size))[None].float()
+        if earlier is not None:
+            more["mask"] = torch.from_numpy(_cut(earlier, start, size))[None]
         cut = torch.from_numpy(_cut(volume, start, size))[None]
-        blend = _take_in(blend, volume, [start], _run(network, cut, *given), out)
+        blend = _take_in(blend, volume, [start], _run(network, cut, *given, **more), out)
     return blend.finish()  # type: ignore[union-attr]
 
 
@@ -123,6 +134,85 @@ def check_window(volume: Volume, window: Sequence[int]) -> tuple[int, int, int]:
     return size  # type: ignore[return-value]
 
 
+def _clicks(
+    volume: Volume, points: Any, labels: Any, box: Any
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Clicks in voxels of the volume as it is now, and their labels; one is on the object, or a box is."""
+    if points is None:
+        return numpy.zeros((0, 3)), numpy.zeros(0, numpy.int64)
+    at, kinds = check_points(points, labels, volume.original)
+    at = moved_points(at, volume.original, volume.grid)
+    beyond = [p for p in at if ((p < -0.5) | (p > numpy.array(volume.size) - 0.5)).any()]
+    if beyond:
+        raise DataError(
+            f"a click lies outside of the part that was kept: {beyond[0].round(1).tolist()} of "
+            f"{volume.size} voxels",
+            "crop less, or leave the click out",
+        )
+    if box is None and not (kinds == 1).any():
+        raise DataError("no click is on the object", "give at least one point labelled 1")
+    return at, kinds
+
+
+def _around(
+    volume: Volume, centres: numpy.ndarray, size: tuple[int, ...], known: list[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """Where windows around clicks begin, those left out that lie well inside of one before."""
+    room = numpy.maximum(numpy.array(volume.size) - size, 0)
+    found: list[tuple[int, ...]] = []
+    for centre in centres:
+        start = (numpy.rint(centre).astype(int) - numpy.array(size) // 2).clip(0, room)
+        near = [numpy.abs(start - other) <= numpy.array(size) // 4 for other in [*known, *found]]
+        if not any(own.all() for own in near):
+            found.append(tuple(map(int, start)))
+    return found
+
+
+def _over(volume: Volume, box: Box, size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where windows begin that cover a box, its middle in the middle of the only one if it fits."""
+    axes = []
+    for low, high, n, w in zip(box[:3], box[3:], volume.size, size, strict=True):
+        count = max(1, int(numpy.ceil((high - low) / w)))
+        middles = low + (high - low) * (numpy.arange(count) + 0.5) / count
+        axes.append((numpy.rint(middles).astype(int) - w // 2).clip(0, max(n - w, 0)))
+    return sorted({tuple(map(int, start)) for start in itertools.product(*axes)})
+
+
+def _box(volume: Volume, box: Any) -> Box:
+    """A box of the original image in the volume as it is now."""
+    own = moved_box(check_box(box, volume.original), volume.original, volume.grid)
+    if not all(low < high for low, high in zip(own[:3], own[3:], strict=True)):
+        raise DataError("the box lies outside of the part that was kept", "crop less")
+    return own
+
+
+def _within(box: Box, first: numpy.ndarray, size: tuple[int, ...]) -> numpy.ndarray:
+    """A box in the voxels of a window, cut off at its edges."""
+    low, high = numpy.array(box[:3]) - first, numpy.array(box[3:]) - first
+    return numpy.concatenate([low.clip(0, size), high.clip(0, size)])
+
+
+def _as_volume(mask: Any, volume: Volume) -> Volume:
+    """Logits of an earlier answer, (D, H, W) or with an axis before, to be cut as the volume is."""
+    array = numpy.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    if array.shape != volume.size or array.dtype.kind != "f":
+        raise DataError(
+            f"the mask is {array.dtype} {array.shape}, expected logits, floats of {volume.size}",
+            "pass on the answer of an earlier call",
+        )
+    return Volume(array, volume.affine, name="the mask")
+
+
+def _takes(network: Any, name: str) -> bool:
+    """Whether a network has a keyword."""
+    try:
+        told = inspect.signature(getattr(network, "forward", network)).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in told or any(one.kind is one.VAR_KEYWORD for one in told.values())
+
+
 def _before(volume: Volume, size: tuple[int, ...]) -> numpy.ndarray:
     """How many voxels a window sticks out before the first one."""
     return numpy.array([max(w - n, 0) // 2 for n, w in zip(volume.size, size, strict=True)])
@@ -139,9 +229,11 @@ def _cut(volume: Volume, start: Sequence[int], size: tuple[int, ...]) -> numpy.n
 
 
 @torch.no_grad()
-def _run(network: Callable[..., Tensor], cut: Tensor, *prompts: Tensor) -> Tensor:
+def _run(network: Callable[..., Tensor], cut: Tensor, *prompts: Tensor, **more: Tensor) -> Tensor:
     like = next(iter(getattr(network, "parameters", lambda: [])()), cut)
-    found = network(cut.to(like), *(prompt.to(like.device) for prompt in prompts)).float().cpu()
+    there = {name: value.to(like.device) for name, value in more.items()}
+    found = network(cut.to(like), *(prompt.to(like.device) for prompt in prompts), **there)
+    found = found.float().cpu()
     if found.ndim != 5 or len(found) != len(cut) or found.shape[2:] != cut.shape[2:]:
         raise DataError(
             f"the network answered {tuple(cut.shape)} with {tuple(found.shape)}, expected logits "

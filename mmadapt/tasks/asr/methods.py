@@ -1,0 +1,96 @@
+"""Ways to teach a CTC model new speakers, each at the rate it was given in the study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmadapt.adapter import Adapter, Bottleneck, ConvAdapter, LoRA, Unlock
+from mmadapt.core.attach import attach
+from mmadapt.core.attachment import Attachment
+from mmadapt.core.backbone import unwrap_model
+from mmadapt.errors import DataError, did_you_mean
+from mmadapt.tasks.asr.loss import CTCLoss
+from mmadapt.tasks.asr.recogniser import Recogniser
+from mmadapt.tasks.audio.clip import Audio
+from mmadapt.train.fit import fit
+from mmadapt.train.history import History
+
+ADAPTER_RATE, WHOLE_RATE = 1.2e-2, 1.5e-3
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, None for the whole model, and the peak learning rate."""
+
+    adapter: Adapter | None
+    rate: float = ADAPTER_RATE
+    at: Callable[[Any], tuple[str, ...] | None] = lambda m: None
+
+
+def biases(m: Any) -> tuple[str, ...]:
+    """Sites of every bias in the encoder's blocks."""
+    return tuple(f"{site}.bias" for site in _BIASED)
+
+
+_BIASED = tuple(
+    f"audio.layers[*].{part}"
+    for part in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "norm1", "norm2")
+)
+
+#: on tiny/ctc the three adapters have as many parameters, within 1 %
+METHODS: dict[str, Method] = {
+    "head only": Method(Unlock(), at=lambda m: ("logits", "logits.bias")),
+    "biases": Method(Unlock(), at=biases),
+    "LoRA": Method(LoRA(26)),
+    "Bottleneck": Method(Bottleneck(51, placement="parallel", at=("audio.layers[*].mlp",))),
+    "ConvAdapter": Method(ConvAdapter(32, kernel=15)),
+    "full fine-tuning": Method(None, WHOLE_RATE),
+}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What came of one method: its attachment, None for the whole model, its history and CPU seconds."""
+
+    attachment: Attachment | None
+    history: History
+    seconds: float
+
+
+def teach(
+    listen: Recogniser,
+    method: str,
+    clips: list[Audio],
+    texts: list[str],
+    *,
+    steps: int,
+    name: str = "speech",
+    size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> Taught:
+    """Attach what the method says and train it on the clips."""
+    if method not in METHODS:
+        raise DataError(f"no method is called {method!r}", did_you_mean(method, METHODS))
+    chosen, attachment = METHODS[method], None
+    batches = listen.batches(clips, texts, size=size, seed=seed)
+    started = time.process_time()
+    if chosen.adapter is None:
+        unwrap_model(listen.backbone).requires_grad_(True)
+    else:
+        at = chosen.at(listen.backbone)
+        attachment = attach(listen.backbone, chosen.adapter, name=name, at=at, seed=seed)
+    history = fit(
+        listen.backbone,
+        batches,
+        loss=CTCLoss(listen.vocabulary.blank),
+        steps=steps,
+        lr=chosen.rate,
+        seed=seed,
+        progress=progress,
+        label=method,
+    )
+    return Taught(attachment, history, time.process_time() - started)

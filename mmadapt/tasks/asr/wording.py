@@ -1,0 +1,27 @@
+"""Text as it is compared: what is said, not how it is written."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def normalise(text: str) -> str:
+    """Composed characters (NFC), case folded, punctuation left out, one space between words.
+
+    Punctuation is what Unicode calls so (P); an apostrophe within a word stays, and so do marks, which
+    are vowels in Indic scripts. A dash or slash parts words.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    kept = []
+    for place, character in enumerate(folded):
+        if not unicodedata.category(character).startswith("P"):
+            kept.append(character)
+        elif character in "'’" and _inside(folded, place):
+            kept.append("'")
+        elif unicodedata.category(character) == "Pd" or character in "/…":
+            kept.append(" ")
+    return " ".join("".join(kept).split())
+
+
+def _inside(text: str, place: int) -> bool:
+    return 0 < place < len(text) - 1 and text[place - 1].isalpha() and text[place + 1].isalpha()
