@@ -219,7 +219,10 @@ def of_a_model() -> dict[str, Any]:
 
     model = BACKBONES["hf_vit"].fresh()
     for seed, name in enumerate("ab"):
-        randomise(mm.attach(model, mm.Bottleneck(3, scale_kind="learned"), name=name), seed=seed)
+        randomise(
+            mm.attach(model, mm.Bottleneck(3, scale_kind="learned", norm="before"), name=name),
+            seed=seed,
+        )
     calls = []
     forward = launch.forward
     launch.forward = lambda *arguments: calls.append(0) or forward(*arguments)

@@ -144,7 +144,8 @@ class BottleneckLayer(Layer):
     def fuses_rows(self, y: Tensor, x: Tensor) -> bool:
         if self.training and (self.dropout or self.drop_path):
             return False
-        return fuses(x if self.parallel else y, self.down, self.up, self.activation)
+        z, normed = x if self.parallel else y, self.norm == "before"
+        return fuses(z, self.down, self.up, self.activation, normed)
 
     def after_stacked(
         self, tensors: dict[str, Tensor], ids: Tensor, acc: Tensor, y: Tensor, x: Tensor
@@ -153,7 +154,8 @@ class BottleneckLayer(Layer):
         scale = t["scale"] if isinstance(self.scale, Tensor) else self.scale
         z = x if self.parallel else y
         weights = (t["down"], t["down_bias"], t["up"], t["up_bias"])
-        return mixed_known(acc, z, ids, *weights, self.activation, scale)
+        norm = (t["norm_weight"], t["norm_bias"]) if self.norm == "before" else None
+        return mixed_known(acc, z, ids, *weights, self.activation, scale, norm)
 
     def row_operands(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         t = tensors

@@ -133,11 +133,11 @@ def couple(
     return torch.empty_like(z).copy_(torch.cat((first, second), dim=-1))
 
 
-def fuses(x: Tensor, down: Tensor, up: Tensor, activation: str) -> bool:
+def fuses(x: Tensor, down: Tensor, up: Tensor, activation: str, norm: bool) -> bool:
     """Whether a kernel would compute a bottleneck of these matrices, (H, C_in) and (C, H), on x."""
     if choice.FORCED is None and x.is_cpu:
         return False
-    return choice.choose(case(x, down, up, activation, False, 0.0)).path == "triton"
+    return choice.choose(case(x, down, up, activation, norm, 0.0)).path == "triton"
 
 
 def fused(
