@@ -11,6 +11,8 @@ if top != allowed:
 wanted = (
     "mmadapt/py.typed",
     "mmadapt/kernels/__init__.py",
+    "mmadapt/kernels/launch.py",
+    "mmadapt/kernels/forward.py",
     "mmadapt/_zoo_data/manifest.json",
     "mmadapt/_zoo_data/tiny/ast/model.safetensors",
     "mmadapt/_zoo_data/tiny/ast/preprocessor_config.json",
@@ -24,7 +26,11 @@ wanted = (
     "mmadapt/_zoo_data/tiny/sam/model.safetensors",
 )
 missing = [name for name in wanted if name not in names]
-stray = [n for n in names if "recipes" in n or "tutorials" in n or "/tests" in n or ".ipynb" in n]
+stray = [
+    n
+    for n in names
+    if "recipes" in n or "tutorials" in n or "/tests" in n or "/bench" in n or ".ipynb" in n
+]
 if missing or stray:
     sys.exit(f"missing: {missing}; must not be there: {stray}")
 print(f"wheel: {len(names)} files, nothing missing, nothing stray")

@@ -57,6 +57,10 @@ class DataError(MmadaptError, ValueError):
     """Images, labels, class names or features are not what a task needs."""
 
 
+class OpsError(MmadaptError, ValueError):
+    """An operation was given what it has no answer for, or a path that is not there was asked for."""
+
+
 class MissingDependencyError(MmadaptError, ImportError):
     """An optional library is not installed; the hint is the line that installs it."""
 

@@ -20,6 +20,7 @@ TREE = {
     "BackboneError": TypeError,
     "ZooError": LookupError,
     "DataError": ValueError,
+    "OpsError": ValueError,
     "MissingDependencyError": ImportError,
 }
 

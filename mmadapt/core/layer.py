@@ -94,6 +94,16 @@ class Layer(nn.Module):
         """Port `out` with parameters of every row's own."""
         raise NotImplementedError(f"{type(self).__name__} cannot be chosen by row")
 
+    def fuses_rows(self, y: Tensor, x: Tensor) -> bool:
+        """Whether a fused kernel would compute a mixed batch from the layers' stacked parameters."""
+        return False
+
+    def after_stacked(
+        self, tensors: dict[str, Tensor], ids: Tensor, acc: Tensor, y: Tensor, x: Tensor
+    ) -> Tensor:
+        """`after_rows` for parameters (N, …) and which of them each row takes, (B,); −1 for none."""
+        raise NotImplementedError(f"{type(self).__name__} has no fused kernel for mixed batches")
+
     def fold(
         self, weight: Tensor, bias: Tensor | None, site: SiteView
     ) -> tuple[Tensor, Tensor | None] | None:

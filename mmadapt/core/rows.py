@@ -131,12 +131,21 @@ class Picks:
     def __init__(self, slots: tuple[int, ...]) -> None:
         self.slots = slots
         self._tensor: Tensor | None = None
+        self._ids: dict[int, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The slots (B,) on a device."""
         if self._tensor is None or self._tensor.device != device:
             self._tensor = torch.tensor(self.slots, device=device)
+            self._ids.clear()
         return self._tensor
+
+    def ids(self, device: torch.device, layers: int) -> Tensor:
+        """The slots (B,) with −1 for those behind the last of so many layers."""
+        slots = self.on(device)
+        if layers not in self._ids:
+            self._ids[layers] = torch.where(slots < layers, slots, -1)
+        return self._ids[layers]
 
 
 class RowPlan:
@@ -157,12 +166,18 @@ class RowPlan:
         if site.span.rows == "several" and acc.shape[0] != rows and not acc.shape[0] % rows:
             # those of one row of the batch lie side by side, and so can be one row of positions
             acc, y, x = (t.unflatten(0, (rows, -1)) for t in (acc, y, x))
-            return self.first.after_rows(self.operands(), acc, y, x).flatten(0, 1)
+            return self._changed(acc, y, x).flatten(0, 1)
         if acc.shape[0] != rows:
             raise CheckError(
                 f"{site.name} sees {acc.shape[0]} rows, but adapters were chosen for {len(self.picks.slots)}",
                 "name one attachment, or None, for every row of the batch",
             )
+        return self._changed(acc, y, x)
+
+    def _changed(self, acc: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        if self.first.fuses_rows(y, x):
+            ids = self.picks.ids(acc.device, len(self.stacked.layers))
+            return self.first.after_stacked(self.stacked.tensors(), ids, acc, y, x)
         return self.first.after_rows(self.operands(), acc, y, x)
 
     def read_parameters(self) -> Iterator[Tensor]:

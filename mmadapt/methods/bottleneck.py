@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform, require_aligned
 from mmadapt.errors import AdapterError
+from mmadapt.ops.bottleneck import bottleneck, fuses, mixed_known
 from mmadapt.ops.reference import (
     ACTIVATIONS,
     add_by_row,
-    bottleneck,
     by_row,
     channel_axis,
     drop_rows,
@@ -112,9 +112,10 @@ class BottleneckLayer(Layer):
         """acc plus the change that is read from z."""
         if self.axis != -1:
             z = z.movedim(self.axis, -1)
-        if self.norm == "before":
-            z = layer_norm(z, self.norm_weight, self.norm_bias)
+        dropping = self.drop_path and self.training
+        whole = self.axis == -1 and self.norm != "after" and not dropping
         delta = bottleneck(
+            acc if whole else None,
             z,
             self.down,
             self.down_bias,
@@ -123,12 +124,15 @@ class BottleneckLayer(Layer):
             self.activation,
             self.scale,
             self.dropout if self.training else 0.0,
+            (self.norm_weight, self.norm_bias) if self.norm == "before" else None,
         )
+        if whole:
+            return delta
         if self.norm == "after":
             delta = layer_norm(delta, self.norm_weight, self.norm_bias)
         if self.axis != -1:
             delta = delta.movedim(-1, self.axis)
-        if self.drop_path and self.training:
+        if dropping:
             delta = drop_rows(delta, self.drop_path)
         return acc + (delta if delta.dtype == acc.dtype else delta.to(acc.dtype))
 
@@ -136,6 +140,22 @@ class BottleneckLayer(Layer):
     def rowwise(self) -> bool:
         """Rows may choose where channels are the last axis, no change is normed and no tap is read."""
         return self.axis == -1 and self.norm != "after" and not self.taps
+
+    def fuses_rows(self, y: Tensor, x: Tensor) -> bool:
+        if self.training and (self.dropout or self.drop_path):
+            return False
+        z, normed = x if self.parallel else y, self.norm == "before"
+        return fuses(z, self.down, self.up, self.activation, normed)
+
+    def after_stacked(
+        self, tensors: dict[str, Tensor], ids: Tensor, acc: Tensor, y: Tensor, x: Tensor
+    ) -> Tensor:
+        t = tensors
+        scale = t["scale"] if isinstance(self.scale, Tensor) else self.scale
+        z = x if self.parallel else y
+        weights = (t["down"], t["down_bias"], t["up"], t["up_bias"])
+        norm = (t["norm_weight"], t["norm_bias"]) if self.norm == "before" else None
+        return mixed_known(acc, z, ids, *weights, self.activation, scale, norm)
 
     def row_operands(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         t = tensors

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
 from mmadapt.errors import AdapterError
-from mmadapt.ops.reference import bottleneck, channel_axis, kronecker_sum
+from mmadapt.ops.bottleneck import bottleneck
+from mmadapt.ops.reference import channel_axis, kronecker_sum
 
 if TYPE_CHECKING:
     from mmadapt.adapter import Compacter
@@ -72,9 +73,11 @@ class CompacterLayer(Layer):
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         down = self._projection(self.down_s, self.down_t)  # (C, H)
         up = self._projection(self.up_s, self.up_t)  # (H, C)
-        z = y if self.axis == -1 else y.movedim(self.axis, -1)
-        delta = bottleneck(z, down.T, self.down_bias, up.T, self.up_bias, self.activation, 1.0)
-        return acc + (delta if self.axis == -1 else delta.movedim(-1, self.axis))
+        weights = (down.T, self.down_bias, up.T, self.up_bias)
+        if self.axis == -1:
+            return bottleneck(acc, y, *weights, self.activation, 1.0)
+        delta = bottleneck(None, y.movedim(self.axis, -1), *weights, self.activation, 1.0)
+        return acc + delta.movedim(-1, self.axis)
 
     def _projection(self, s: Tensor, t: Tensor) -> Tensor:
         rule = self.rule if self.shared is None else self.shared.rule

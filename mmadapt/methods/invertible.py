@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_uniform
 from mmadapt.errors import AdapterError
-from mmadapt.ops.reference import channel_axis, couple
+from mmadapt.ops.bottleneck import couple
+from mmadapt.ops.reference import channel_axis
 
 if TYPE_CHECKING:
     from mmadapt.adapter import Invertible

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform, require_aligned
 from mmadapt.errors import AdapterError, AdapterFileError
+from mmadapt.ops.bottleneck import bottleneck
 from mmadapt.ops.reference import (
-    bottleneck,
     channel_axis,
     low_bit,
     nearest_codes,
@@ -72,9 +72,11 @@ class BiAdaptFormerLayer(Layer):
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         down = low_bit(self.down, self.codes, *self._statistics("down"))
         up = low_bit(self.up, self.codes, *self._statistics("up"))
-        z = x if self.axis == -1 else x.movedim(self.axis, -1)
-        delta = bottleneck(z, down, None, up, None, self.activation, self.scale)
-        return acc + (delta if self.axis == -1 else delta.movedim(-1, self.axis))
+        if self.axis == -1:
+            return bottleneck(acc, x, down, None, up, None, self.activation, self.scale)
+        z = x.movedim(self.axis, -1)
+        delta = bottleneck(None, z, down, None, up, None, self.activation, self.scale)
+        return acc + delta.movedim(-1, self.axis)
 
     def _statistics(self, word: str) -> tuple[Tensor, Tensor]:
         """Mean and deviation () of one matrix: the file's, or its own; branch-free for compilers."""

@@ -31,7 +31,8 @@ from mmadapt.errors import CheckError, SiteError
 from mmadapt.methods.bottleneck import BottleneckLayer
 from mmadapt.methods.conv_depth import slices
 from mmadapt.methods.unlock import UnlockLayer
-from mmadapt.ops.reference import bottleneck, linear
+from mmadapt.ops.bottleneck import bottleneck
+from mmadapt.ops.reference import linear
 from mmadapt.ops.volume import depth_grid, to_columns, to_slices, windows
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class SpaceDepthLayer(Layer):
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         normed = context.read(site.taps["norm1"])  # the whole grid, where x may be its windows
         depth = slices(context, normed.shape[0], site)
-        acc = acc + self._bottleneck(y, "space")
+        acc = self._bottleneck(acc, y, "space")
         if depth == 1:
             return acc
         along = self._along_depth(normed, depth, site)
@@ -134,13 +135,13 @@ class SpaceDepthLayer(Layer):
         attended: Any = site.module.forward(to_columns(normed, rows, columns))
         if not isinstance(attended, Tensor):
             attended = attended[site.span.y]
-        return to_slices(self._bottleneck(attended, "depth"), *normed.shape[1:3])
+        return to_slices(self._bottleneck(None, attended, "depth"), *normed.shape[1:3])
 
-    def _bottleneck(self, z: Tensor, branch: str) -> Tensor:
+    def _bottleneck(self, residual: Tensor | None, z: Tensor, branch: str) -> Tensor:
         down, down_bias, up, up_bias = (
             getattr(self, f"{branch}_{name}") for name in ("down", "down_bias", "up", "up_bias")
         )
-        return bottleneck(z, down, down_bias, up, up_bias, self.activation, 1.0)
+        return bottleneck(residual, z, down, down_bias, up, up_bias, self.activation, 1.0)
 
 
 class HyperPromptLayer(Layer):

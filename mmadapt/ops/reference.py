@@ -81,31 +81,37 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(z.to(weight.dtype), weight.shape, weight, bias)
 
 
+def mixed_bottleneck(
+    residual: Tensor | None,  # (B, …, C), or None for the change alone
+    x: Tensor,  # (B, …, C_in)
+    ids: Tensor,  # (B,) whole numbers; −1 for no adapter
+    down: Tensor,  # (N, H, C_in)
+    down_bias: Tensor | None,  # (N, H)
+    up: Tensor,  # (N, C, H)
+    up_bias: Tensor | None,  # (N, C)
+    activation: str,
+    scale: Tensor | float,  # a number, (N,) or (N, C)
+    norm: tuple[Tensor, Tensor] | None = None,  # weight and bias, (N, C_in) each
+) -> Tensor:
+    """residual + what each row's own bottleneck, of N, makes of it; rows without one pass as they are."""
+    if residual is None:
+        residual = x.new_zeros(*x.shape[:-1], up.shape[1])
+    y = residual
+    for n in range(len(down)):
+        rows = (ids == n).nonzero()[:, 0]
+        z = x[rows] if norm is None else layer_norm(x[rows], norm[0][n], norm[1][n])
+        biases = [None if bias is None else bias[n] for bias in (down_bias, up_bias)]
+        own = scale[n] if isinstance(scale, Tensor) else scale
+        delta = bottleneck(z, down[n], biases[0], up[n], biases[1], activation, own)
+        y = y.index_copy(0, rows, residual[rows] + delta.to(residual.dtype))
+    return y
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·weightᵀ + bias for x (…, C), weight (O, C); in the parameters' dtype, or autocast's."""
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     return F.linear(x, weight, bias)
-
-
-def couple(
-    z: Tensor,  # (…, C)
-    f: tuple[Tensor, Tensor, Tensor, Tensor],  # down, its bias, up, its bias
-    g: tuple[Tensor, Tensor, Tensor, Tensor],
-    activation: str,
-    inverse: bool,
-) -> Tensor:
-    """The additive coupling y1 = x1 + f(x2), y2 = x2 + g(y1) of both halves of z, or its inverse."""
-    wide = z.to(f[0].dtype)
-    first, second = wide.split((f[2].shape[0], g[2].shape[0]), dim=-1)
-    if inverse:
-        second = second - bottleneck(first, *g, activation, 1.0)
-        first = first - bottleneck(second, *f, activation, 1.0)
-    else:
-        first = first + bottleneck(second, *f, activation, 1.0)
-        second = second + bottleneck(first, *g, activation, 1.0)
-    # in z's own memory layout: another one makes the backbone's kernels round otherwise
-    return torch.empty_like(z).copy_(torch.cat((first, second), dim=-1))
 
 
 def drop_rows(delta: Tensor, probability: float) -> Tensor:

@@ -1,0 +1,304 @@
+"""Which path computes a bottleneck: the reference, or a fused kernel where it fits and is faster.
+
+What a kernel can compute at all is known; from where on it is the faster one is measured on each kind
+of device by `kernels/bench`. Without a measurement the reference computes. `MMADAPT_OPS` forces a
+path: `reference`, `triton`, or `cuda`, which this version does not have.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmadapt.errors import OpsError
+from mmadapt.ops.reference import ACTIVATIONS
+
+PATHS = ("reference", "triton", "cuda")
+#: what MMADAPT_OPS asked for when mmadapt was imported
+FORCED: str | None = os.environ.get("MMADAPT_OPS") or None
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: the widest bottleneck whose tiles fit a kernel's registers
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on the kernels are the faster path on one kind of device, as measured there."""
+
+    #: tokens · channels · width, at least
+    work: float
+    #: bottleneck widths, at most: without gradients, with them, and of float32 without TF32
+    width: int
+    width_training: int
+    width_float32: int
+    #: the file with the measurement
+    measured: str
+
+
+#: by compute capability. UNMEASURED: no GPU has run the kernels, so none is chosen by itself.
+#: Arithmetic alone suggests 2e7, 128, 96 and 32 on an H200 (docs/kernels.md).
+MEASURED: dict[tuple[int, int], Thresholds] = {}
+
+
+class Case(NamedTuple):
+    """What is to be computed, as far as the choice depends on it."""
+
+    tokens: int
+    channels_in: int
+    channels: int
+    width: int
+    dtype: torch.dtype
+    operands: torch.dtype
+    device: torch.device
+    norm: bool = False
+    activation: str = "gelu"
+    training: bool = True
+    dropout: float = 0.0
+    last_contiguous: bool = True
+    functorch: bool = False
+
+
+class Choice(NamedTuple):
+    """The path, whether it was forced, and what speaks against the kernels: a key of `REASONS`."""
+
+    path: str
+    forced: bool
+    against: str | None
+
+    def why(self, case: Case) -> str:
+        """One sentence."""
+        against = REASONS[self.against](case) if self.against else None
+        if not self.forced:
+            return against or "it fits, and was measured to be faster"
+        asked = f"MMADAPT_OPS asks for {FORCED}"
+        return f"{asked}, but {against}" if against else asked
+
+
+#: what may speak against the kernels, in words
+REASONS: dict[str, Callable[[Case], str]] = {
+    "cpu": lambda case: "on a CPU torch's own operations are the fast path",
+    "triton": lambda case: "Triton is not installed",
+    "old": lambda case: "the kernels need compute capability 8.0 or above",
+    "device": lambda case: f"the kernels are for NVIDIA's devices, not for {case.device.type!r}",
+    "functorch": lambda case: "a transform of torch.func is at work",
+    "dropout": lambda case: "dropout acts inside the bottleneck",
+    "activation": lambda case: f"the kernels have no activation {case.activation!r}",
+    "empty": lambda case: "there is nothing to compute",
+    "dtype": lambda case: (
+        f"{_name(case.dtype)} in products of {_name(case.operands)} is not among "
+        f"{', '.join(map(_name, _DTYPES))}"
+    ),
+    "rounding": lambda case: (
+        f"{_name(case.dtype)} is normed before autocast rounds it to {_name(case.operands)}"
+    ),
+    "width": lambda case: (
+        f"the bottleneck is {case.width} wide, and the kernels' registers hold {WIDEST}"
+    ),
+    "channels": lambda case: (
+        f"{case.channels_in} or {case.channels} channels are no multiple of 8, which loads of 16 "
+        "bytes need"
+    ),
+    "layout": lambda case: "channels do not lie side by side in memory",
+    "unmeasured": lambda case: (
+        "the kernels fit, but no run on a device like this one has measured them; MMADAPT_OPS=triton "
+        "runs them"
+    ),
+    "products": lambda case: f"at width {case.width} the products bind, not the memory",
+    "launch": lambda case: f"for {case.tokens} tokens launching binds, not the memory",
+}
+
+
+def choose(case: Case) -> Choice:
+    """The path for this case; a forced one wherever it can compute it."""
+    if FORCED is not None and FORCED not in ("reference", "triton"):
+        _refuse(FORCED)
+    if FORCED == "reference":
+        return Choice("reference", True, None)
+    unfit = _unfit(case)
+    if FORCED == "triton":
+        if unfit is None:
+            return Choice("triton", True, None)
+        choice = Choice("reference", True, unfit)
+        if unfit != "empty" and not torch.compiler.is_compiling():
+            _say_once(choice.why(case))
+        return choice
+    against = unfit or _slower(case)
+    return Choice("reference" if against else "triton", False, against)
+
+
+def _unfit(case: Case) -> str | None:
+    """Why no kernel can compute this, or None."""
+    unreached = unreached_on(case.device)
+    if unreached:
+        return unreached
+    if case.functorch:
+        return "functorch"
+    if case.dropout:
+        return "dropout"
+    if case.activation not in ACTIVATIONS:
+        return "activation"
+    if not case.tokens:
+        return "empty"
+    if case.dtype not in _DTYPES or case.operands not in _DTYPES:
+        return "dtype"
+    if case.norm and case.dtype != case.operands:
+        return "rounding"
+    if case.width > WIDEST:
+        return "width"
+    if case.channels_in % 8 or case.channels % 8:
+        return "channels"
+    return None if case.last_contiguous else "layout"
+
+
+def _slower(case: Case) -> str | None:
+    """Why the kernels are not known to be faster here, or None."""
+    limits = thresholds_on(case.device)
+    if limits is None:
+        return "unmeasured"
+    wide = case.operands == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    most = limits.width_training if case.training else limits.width
+    if case.width > (min(most, limits.width_float32) if wide else most):
+        return "products"
+    work = case.tokens * max(case.channels_in, case.channels) * case.width
+    return "launch" if work < limits.work else None
+
+
+# devices do not change while a process lives, so compiled code may take these answers as constants
+
+
+@torch.compiler.assume_constant_result
+def unreached_on(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device, or None; on a CPU they do where Triton interprets."""
+    return _unreached_on(device)
+
+
+@torch.compiler.assume_constant_result
+def thresholds_on(device: torch.device) -> Thresholds | None:
+    """What was measured on devices like this one."""
+    return MEASURED.get(_capability(device)) if device.type == "cuda" else None
+
+
+@functools.cache
+def _unreached_on(device: torch.device) -> str | None:
+    triton = importlib.util.find_spec("triton") is not None
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        return None if triton and interpreted else "cpu"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "device"
+    if not triton:
+        return "triton"
+    return None if _capability(device) >= (8, 0) else "old"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+
+
+def kernels_reach(x: Tensor) -> bool:
+    """Whether the kernels run where this tensor lies, and take its dtype."""
+    return x.dtype in _DTYPES and unreached_on(x.device) is None
+
+
+def _refuse(forced: str) -> None:
+    if forced == "cuda":
+        raise OpsError(
+            "MMADAPT_OPS is 'cuda', and this version has kernels in Triton only",
+            "set it to 'triton' or 'reference', or unset it",
+        )
+    raise OpsError(
+        f"MMADAPT_OPS is {forced!r}, expected {', '.join(PATHS)} or nothing",
+        "set it before mmadapt is imported, or unset it",
+    )
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    warnings.warn(f"the reference computes a bottleneck: {why}", UserWarning, stacklevel=2)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -- showing it ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path a bottleneck takes and why; a table in a notebook, lines elsewhere."""
+
+    path: str
+    why: str
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        lines = [f"  {name.ljust(width)}  {value}" for name, value in self.facts.items()]
+        return "\n".join([f"{self.path}: {self.why}", *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+            for name, value in self.facts.items()
+        )
+        said = f"<b>{html.escape(self.path)}</b>: {html.escape(self.why)}"
+        return f"<div>{said}</div><table>{rows}</table>"
+
+
+def explain(
+    tokens: int,
+    channels: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    norm: bool = False,
+    activation: str = "gelu",
+    training: bool = True,
+    channels_in: int | None = None,
+) -> Explanation:
+    """Which path a bottleneck of `channels` → `width` → `channels` over `tokens` takes, and why.
+
+    `dtype` is that of the hidden states. `channels_in` differs where a parallel bottleneck reads
+    other channels than it writes.
+    """
+    place = torch.device(device)
+    case = Case(
+        tokens=tokens,
+        channels_in=channels_in or channels,
+        channels=channels,
+        width=width,
+        dtype=dtype,
+        operands=dtype,
+        device=place,
+        norm=norm,
+        activation=activation,
+        training=training,
+    )
+    choice, unfit, limits = choose(case), _unfit(case), thresholds_on(place)
+    moved = tokens * (case.channels_in + channels) * dtype.itemsize
+    work = 2 * tokens * width * (case.channels_in + channels)
+    facts = {
+        "x": f"{_name(dtype)}[{tokens:,}, {case.channels_in:,}] on {place}",
+        "bottleneck": f"{case.channels_in:,} → {width} → {channels:,}, {activation}"
+        + (", norm" if norm else ""),
+        "forced": FORCED or "no",
+        "kernels here": REASONS[unfit](case) if unfit else "fit",
+        "thresholds": limits.measured if limits else "unmeasured on this device",
+        "forward": f"{moved / 1e6:.1f} MB at least, {work / 1e9:.2g} GFLOP",
+    }
+    return Explanation(choice.path, choice.why(case), facts)
