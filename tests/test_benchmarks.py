@@ -112,6 +112,7 @@ def test_by_hand_computes_what_our_layers_compute(benchmarks):
             assert (case.call().last_hidden_state - expected).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_worker_measures_us_without_any_peer():
     command = [sys.executable, str(BENCHMARKS / "cost_worker.py"), "launch", "mmadapt"]
     done = subprocess.run(
@@ -202,6 +203,7 @@ def test_the_tables_of_the_study_of_wordings_are_those_of_its_numbers(monkeypatc
     del sys.modules["instruct_shift"]
 
 
+@pytest.mark.slow
 def test_the_cost_of_zero_initialised_attention_can_be_measured_and_written(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import zero_init_cost as cost

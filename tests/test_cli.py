@@ -204,6 +204,7 @@ def test_a_demo_without_volumes_is_explained(tmp_path, capsys):
     assert "shots is 0, expected at least 1 volume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_kept_adapter_is_verified_in_another_process(tmp_path):
     """Equal scores pass; one that differs in a single volume is an error with both numbers."""
     import mmadapt as mm

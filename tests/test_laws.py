@@ -268,6 +268,10 @@ def _caches(attachment: Any) -> bool:
     return any(hasattr(layer, "labels") for layer in attachment.layers.values())
 
 
+#: methods on a SAM, or on one made for volumes, which takes a minute to compile
+LONG_TO_COMPILE = ("adapter_shadow", "any2point", "sam_med2d", "three_d_sam")
+
+
 def _cases(only_home: bool = False, first_variant: bool = False) -> list[Any]:
     """Every fitting pair of method and backbone; by default the home and one other.
 
@@ -323,6 +327,15 @@ def exempt(law: str, case: Case) -> bool:
 every_case = pytest.mark.parametrize("case", _cases())
 at_home = pytest.mark.parametrize("case", _cases(only_home=True))
 first_at_home = pytest.mark.parametrize("case", _cases(only_home=True, first_variant=True))
+compiled_at_home = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
+        if p.values[0].adapter.method in LONG_TO_COMPILE
+        else p
+        for p in _cases(only_home=True, first_variant=True)
+    ],
+)
 
 
 def scalar(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -763,7 +776,7 @@ def test_no_row_sees_its_batch_mates(case: Case) -> None:
         assert_close(outputs, tuple(output[own] for output in whole), 5e-5)
 
 
-@first_at_home
+@compiled_at_home
 def test_compiled_code_equals_eager_and_sees_attach_and_switch(case: Case) -> None:
     compiles(case, "aot_eager", 3e-6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +67,11 @@ def resolve(
         )
     if at is None:
         fitting = [p for p in patterns if _matches(p, spans, adapter.ports)]
-        missing = [p for p in patterns if p not in fitting]
+        # not those that only name a layer too many
+        anywhere = {p: re.sub(r"\[[^\]]*\]", "[*]", p) for p in patterns if p not in fitting}
+        missing = [p for p, a in anywhere.items() if not _matches(a, spans, adapter.ports)]
         whole = adapter.every_pattern and adapter.at is None  # a method of several parts
-        if adapter.elsewhere and (not fitting or (whole and missing)):
+        if adapter.elsewhere and missing and (whole or not fitting):
             raise SiteError(
                 f"this backbone has no site {' or '.join(map(repr, missing[:2]))}; "
                 f"{_offered(spans)}",
