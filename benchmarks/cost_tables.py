@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-END = "<!-- end -->"
+from pages import fill
+
 Row = dict[str, Any]
 
 
 def write(document: str, results: dict[str, Any]) -> str:
     """`document` with every table made anew; a table whose parts are not measured stays."""
-    for name, (parts, make) in TABLES.items():
-        begin = f"<!-- {name} table -->"
-        if begin not in document or not all(part in results for part in parts):
-            continue
-        before, _, rest = document.partition(begin)
-        _, _, after = rest.partition(END)
-        document = f"{before}{begin}\n{make(results)}\n{END}{after}"
-    return document
+    made = {
+        name: make(results)
+        for name, (parts, make) in TABLES.items()
+        if f"<!-- {name} table -->" in document and all(part in results for part in parts)
+    }
+    return fill(document, made)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from machine import processor
+from pages import fill
 
 import mmadapt as mm
 from mmadapt.demos import clip as demo
 from mmadapt.tasks import few_shot
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- few-shot table -->", "<!-- end -->"
 
 
 def machine() -> str:
@@ -69,10 +69,7 @@ def main() -> None:
     result = {"machine": where, "backbone": demo.BACKBONE, **comparison.to_json()}
     (HERE / "few_shot_clip.json").write_text(json.dumps(result, indent=1) + "\n")
     readme = HERE.parent / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    table = markdown(comparison, where)
-    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    readme.write_text(fill(readme.read_text(), {"few-shot": markdown(comparison, where)}))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from machine import processor
+from pages import fill
 
 import mmadapt as mm
 from mmadapt.tasks import instruct, scenes
@@ -311,12 +312,7 @@ def write(document: str, known: dict[str, Any]) -> str:
         "image": image_table(known),
         "source": source_table(mm.zoo.entry(BACKBONE).metrics),
     }
-    for name, text in tables.items():
-        begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
-        before, _, rest = document.partition(begin)
-        _, _, after = rest.partition(end)
-        document = f"{before}{begin}\n{text}\n{end}{after}"
-    return document
+    return fill(document, tables)
 
 
 def main() -> None:

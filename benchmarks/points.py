@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from machine import processor
+from pages import fill
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -397,9 +398,7 @@ def table(known: dict[str, Any]) -> str:
 
 def write(document: str, known: dict[str, Any]) -> str:
     """The document with the table between its markers."""
-    begin, end = "<!-- solids table -->", "<!-- end of solids table -->"
-    before, _, rest = document.partition(begin)
-    return f"{before}{begin}\n{table(known)}\n{end}{rest.partition(end)[2]}"
+    return fill(document, {"solids": table(known)})
 
 
 def main() -> None:

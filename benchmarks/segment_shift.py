@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from machine import processor
+from pages import fill
 
 import mmadapt as mm
 from mmadapt.tasks.segment import compare, organs
@@ -191,12 +192,7 @@ def write(document: str, known: dict[str, Any]) -> str:
     """The document with its tables between their markers."""
     tables = {part: table(known, part) for part in SETTINGS}
     tables["source"] = source_table(mm.zoo.entry(BACKBONE).metrics)
-    for name, text in tables.items():
-        begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
-        before, _, rest = document.partition(begin)
-        _, _, after = rest.partition(end)
-        document = f"{before}{begin}\n{text}\n{end}{after}"
-    return document
+    return fill(document, tables)
 
 
 def main() -> None:

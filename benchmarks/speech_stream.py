@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from machine import processor
+from pages import fill
 
 import mmadapt as mm
 from mmadapt.tasks import asr
@@ -102,10 +103,7 @@ def table(known: dict[str, Any]) -> str:
 
 def write(document: str, known: dict[str, Any]) -> str:
     """The document with its table between the markers."""
-    begin, end = "<!-- stream table -->", "<!-- end of stream table -->"
-    before, _, rest = document.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{table(known)}\n{end}{after}"
+    return fill(document, {"stream": table(known)})
 
 
 def main() -> None:

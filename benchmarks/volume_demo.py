@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import processor
+from pages import fill
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "volume_demo.json"
@@ -69,9 +70,7 @@ def table(known: dict[str, Any]) -> str:
 
 def write(document: str, known: dict[str, Any]) -> str:
     """The document with its table between the markers."""
-    begin, end = "<!-- clicks table -->", "<!-- end of clicks table -->"
-    before, _, rest = document.partition(begin)
-    return f"{before}{begin}\n{table(known)}\n{end}{rest.partition(end)[2]}"
+    return fill(document, {"clicks": table(known)})
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from cost_clock import interleaved, peak_increase, quartiles, ratios
 from machine import processor
+from pages import fill
 
 import mmadapt as mm
 
@@ -161,10 +162,7 @@ def known() -> dict[str, Any] | None:
 
 
 def write(document: str, found: dict[str, Any] | None) -> str:
-    begin, end = "<!-- cost table -->", "<!-- end of cost table -->"
-    before, _, rest = document.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{table(found)}\n{end}{after}"
+    return fill(document, {"cost": table(found)})
 
 
 def main() -> None:

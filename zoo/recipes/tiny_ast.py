@@ -8,14 +8,13 @@ drawn anew; echoes, loud noise and the kinds in `mmadapt.tasks.tagging.kinds.NEW
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from training import Run, train
+from training import Run, options_of, save_halves, train
 
 from mmadapt.tasks.audio import SpecAugment, SpectrumFeatures
 from mmadapt.tasks.tagging.sounds import HALL, RATE, SOURCE, STUDIO, Place, sounds
@@ -139,10 +138,7 @@ def write(run: Training, out: Path) -> None:
     """Write weights, configuration, the feature extractor's settings and measurements."""
     from transformers import ASTFeatureExtractor
 
-    run.averaged_model().half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "float32"  # what it computes in; the file is half as large as that
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_halves(run.averaged_model(), out)
     ASTFeatureExtractor(
         sampling_rate=RATE, num_mel_bins=run.features.bins, max_length=run.features.frames,
         mean=run.features.mean, std=run.features.std,
@@ -153,14 +149,7 @@ def write(run: Training, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny/ast on one CPU thread.")
-    parser.add_argument("--out", type=Path, default=Path("zoo/tiny/ast"))
-    parser.add_argument("--work", type=Path, default=Path("build/tiny_ast"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = options_of("ast", STEPS)
     run = Training(options.steps)
     train(run, options.work / "checkpoint.pt", look)
     write(run, options.out)

@@ -8,7 +8,6 @@ attributes outside `combinations("seen")` never enter training, from the first s
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from clip_tokens import CONTEXT_LENGTH, load_tokenizer, write_merges
 from torch import nn
 from torch.nn import functional as F
-from training import Run, train
+from training import Run, options_of, train
 
 from mmadapt.tasks.scenes import (
     COLOURS,
@@ -365,14 +364,7 @@ def write(training: Training, vocabulary: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny/clip on one CPU thread.")
-    parser.add_argument("--out", type=Path, default=Path("zoo/tiny/clip"))
-    parser.add_argument("--work", type=Path, default=Path("build/tiny_clip"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = options_of("clip", STEPS)
     vocabulary = write_merges(options.out / "bpe.txt.gz")
     training = Training(options.out / "bpe.txt.gz", vocabulary, options.steps)
     train(training, options.work / "checkpoint.pt", look)

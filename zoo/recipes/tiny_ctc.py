@@ -8,7 +8,6 @@ One CPU thread, resumes from the last checkpoint in the work directory. Needs es
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from spoken_digits import RATE, SPEAKERS, WORDS, corpus
 from torch.nn import functional as F
-from training import Run, train
+from training import Run, options_of, train
 
 from mmadapt.backbones.log_mel import build
 from mmadapt.tasks import asr
@@ -178,14 +177,7 @@ def look(run: Run) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny/ctc on one CPU thread.")
-    parser.add_argument("--out", type=Path, default=Path("zoo/tiny/ctc"))
-    parser.add_argument("--work", type=Path, default=Path("build/tiny_ctc"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = options_of("ctc", STEPS)
     run = Training(options.steps, options.work)
     train(run, options.work / "checkpoint.pt", look)
     write(run, options.out, options.work)

@@ -8,14 +8,13 @@ One CPU thread, resumes from the last checkpoint in the work directory. Strings 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from training import Run, train
+from training import Run, options_of, save_halves, train
 
 from mmadapt.tasks.instruct.data import Example, encode
 from mmadapt.tasks.instruct.loss import response_loss
@@ -152,10 +151,7 @@ def look(run: Run) -> str:
 def write(run: Training, out: Path) -> None:
     """Write weights, configuration, tokenizer and measurements."""
     model = run.averaged_model()
-    model.half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "float32"  # what it computes in; the file is half as large as that
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_halves(model, out)
     run.tokenizer.save_pretrained(out)
     metrics = measure(run)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -163,14 +159,7 @@ def write(run: Training, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny/llama on one CPU thread.")
-    parser.add_argument("--out", type=Path, default=Path("zoo/tiny/llama"))
-    parser.add_argument("--work", type=Path, default=Path("build/tiny_llama"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = options_of("llama", STEPS)
     run = Training(options.steps)
     train(run, options.work / "checkpoint.pt", look)
     write(run, options.out)

@@ -8,7 +8,6 @@ One CPU thread, resumes from the last checkpoint in the work directory. The shap
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from training import Run, train
+from training import Run, options_of, save_halves, train
 
 from mmadapt.tasks.segment.clicks import boxes_around, click_on_error, first_clicks
 from mmadapt.tasks.segment.model import decode, embed
@@ -242,10 +241,7 @@ def write(run: Training, out: Path) -> None:
     from transformers import SamImageProcessor
 
     model = run.averaged_model()
-    model.half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "float32"  # what it computes in; the file is half as large as that
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_halves(model, out)
     SamImageProcessor(
         size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE},
         mask_size={"longest_edge": SIDE // 2}, image_mean=[m / 255 for m in MEAN],
@@ -258,14 +254,7 @@ def write(run: Training, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny/sam on one CPU thread.")
-    parser.add_argument("--out", type=Path, default=Path("zoo/tiny/sam"))
-    parser.add_argument("--work", type=Path, default=Path("build/tiny_sam"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = options_of("sam", STEPS)
     run = Training(options.steps)
     train(run, options.work / "checkpoint.pt", look)
     write(run, options.out)

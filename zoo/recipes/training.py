@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,3 +127,25 @@ def train(run: Run, checkpoint: Path, look: Callable[[Run], str]) -> None:
                 f"{run.step}/{run.steps}  {shown}  {look(run)}  {run.cpu_seconds:.0f} CPU s",
                 flush=True,
             )
+
+
+def options_of(name: str, steps: int) -> argparse.Namespace:
+    """What a recipe is told, `out`, `work` and `steps`, with both folders made; on one thread."""
+    parser = argparse.ArgumentParser(description=f"Train tiny/{name} on one CPU thread.")
+    parser.add_argument("--out", type=Path, default=Path(f"zoo/tiny/{name}"))
+    work = Path(f"build/tiny_{name}")
+    parser.add_argument("--work", type=Path, default=work, metavar="DIR")
+    parser.add_argument("--steps", type=int, default=steps)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def save_halves(model: Any, out: Path) -> None:
+    """Write a model of transformers in fp16, half as large, that says float32: what it computes in."""
+    model.half().save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
