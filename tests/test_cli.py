@@ -37,37 +37,32 @@ def test_the_command_line_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.slow
-def test_the_demo_from_end_to_end(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mmadapt",
-        "demo",
-        "--out",
-        str(tmp_path / "out"),
-        "--shots",
-        "4",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def demo(name, out, *options):
+    """What a demo says, run as a user does; on one thread, since other tests run beside it."""
+    command = [sys.executable, "-m", "mmadapt", "demo", name, "--out", str(out), "--threads", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "loaded into a fresh backbone in a second process" in done.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_from_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    said = demo("clip", out, "--shots", "4")
+    results = json.loads((out / "results.json").read_text())
     accuracy = {row["method"]: row["accuracy"][0] for row in results["results"]}
     assert accuracy["Bottleneck"] > accuracy["zero-shot"] > accuracy["raw pixels + LR"]
-    kept = float(re.search(r"adapter: .* accuracy ([\d.]+) %", done.stdout)[1])
+    kept = float(re.search(r"adapter: .* accuracy ([\d.]+) %", said)[1])
     assert kept == pytest.approx(100 * accuracy["Bottleneck"], abs=0.01)  # the table's own row
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "Bottleneck" in page
 
 
 @pytest.mark.slow
 def test_the_demo_of_volumes_from_end_to_end(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mmadapt", "demo", "sam", "--out", str(out), "--shots", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "loaded into a fresh backbone in a second process" in done.stdout
+    said = demo("sam", out, "--shots", "12")
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["results"]}
     dice = {method: sum(row["dice"]) / len(row["dice"]) for method, row in rows.items()}
@@ -75,7 +70,7 @@ def test_the_demo_of_volumes_from_end_to_end(tmp_path):
     assert dice["MedSA, slice by slice"] > dice["frozen"] + 0.1
     for row in rows.values():  # taken away, an adapter leaves no trace
         assert row["source_off"] in ({}, rows["frozen"]["source_on"])
-    kept = float(re.search(r"adapter: .* Dice ([\d.]+)", done.stdout)[1])
+    kept = float(re.search(r"adapter: .* Dice ([\d.]+)", said)[1])
     assert kept == pytest.approx(dice["MedSA, with depth"], abs=1e-4)
     assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["volumes"] == 12
     page = (out / "report.html").read_text()
@@ -85,10 +80,7 @@ def test_the_demo_of_volumes_from_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_the_demo_of_speech_from_end_to_end(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mmadapt", "demo", "asr", "--out", str(out), "--shots", "40"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "loaded into a fresh backbone in a second process" in done.stdout
+    demo("asr", out, "--shots", "40")
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())["results"]}
     cer = {method: row["cer"]["whispers"] for method, row in rows.items()}
     assert cer["ConvAdapter"] < 0.5 * cer["frozen"]
@@ -102,10 +94,7 @@ def test_the_demo_of_speech_from_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_the_demo_of_sounds_from_end_to_end(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mmadapt", "demo", "audio", "--out", str(out), "--shots", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "loaded into a fresh backbone in a second process" in done.stdout
+    said = demo("audio", out, "--shots", "6")
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["results"]}
     accuracy = {method: row["accuracy"] for method, row in rows.items()}
@@ -113,7 +102,7 @@ def test_the_demo_of_sounds_from_end_to_end(tmp_path):
     assert accuracy["frozen"] > 2 / 13
     for row in rows.values():  # taken away, an adapter leaves no trace
         assert row["source_off"] in (None, rows["frozen"]["source_on"])
-    kept = float(re.search(r"adapter: .* accuracy ([\d.]+) %", done.stdout)[1])
+    kept = float(re.search(r"adapter: .* accuracy ([\d.]+) %", said)[1])
     assert kept == pytest.approx(100 * accuracy["ConvAdapter"], abs=0.01)
     assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["shots"] == 6
     page = (out / "report.html").read_text()
@@ -177,10 +166,7 @@ def test_verifying_something_else_is_explained(tmp_path, capsys, name):
 @pytest.mark.slow
 def test_the_demo_of_a_decoder_from_end_to_end(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mmadapt", "demo", "llama", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "loaded into a fresh backbone in a second process" in done.stdout
+    said = demo("llama", out)
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["results"]}
     assert rows["backbone"]["new"] < 0.05 and rows["backbone"]["old_on"] > 0.9
@@ -188,7 +174,7 @@ def test_the_demo_of_a_decoder_from_end_to_end(tmp_path):
         assert rows[method]["new"] > 0.3
         assert rows[method]["old_off"] == rows["backbone"]["old_on"]  # taken away, no trace
         assert rows[method]["old_on"] < rows[method]["old_off"]
-    kept = float(re.search(r"adapter: .* ([\d.]+) % right", done.stdout)[1])
+    kept = float(re.search(r"adapter: .* ([\d.]+) % right", said)[1])
     assert kept == pytest.approx(100 * rows["LLaMA-Adapter"]["new"], abs=0.1)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "LLaMA-Adapter" in page
