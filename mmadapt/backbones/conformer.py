@@ -21,11 +21,10 @@ from mmadapt.backbones.blocks import (
     block_taps,
     linear,
     linears,
-    logits,
     norm,
     with_prefix,
 )
-from mmadapt.backbones.wav2vec2 import convolution_in_time, frames_told
+from mmadapt.backbones.wav2vec2 import convolution_in_time, ends, frames_told
 from mmadapt.core.anatomy import Anatomy
 from mmadapt.core.site import Span
 
@@ -90,12 +89,8 @@ def conformer_anatomy(model: Any) -> Anatomy:
                 f"{inner}feature_extractor.conv_layers.{{i}}.conv"
             ),
             "audio.projector": linear("projector"),
-            **({"logits": logits("lm_head", "BTK")} if hasattr(model, "lm_head") else {}),
-            **(
-                {"logits": logits("classifier", "BTK" if by_frame else "BK")}
-                if hasattr(model, "classifier")
-                else {}
-            ),
+            **ends("lm_head", "BTK", model),
+            **ends("classifier", "BTK" if by_frame else "BK", model),
         },
         towers={"audio": inner.rstrip(".")},
         taps=_taps(f"{inner}encoder.layers", _Paths()),

@@ -71,8 +71,8 @@ def wav2vec2_anatomy(model: Any) -> Anatomy:
             **in_rows(with_prefix(frames, 0), 1),
             "audio.frontend[i]": convolution_in_time(convolution),
             "audio.projector": linear("projector"),
-            **_ends("lm_head", "BTK", model),
-            **_ends("classifier", "BTK" if by_frame else "BK", model),
+            **ends("lm_head", "BTK", model),
+            **ends("classifier", "BTK" if by_frame else "BK", model),
         },
         towers={"audio": inner.rstrip(".")},
         taps={
@@ -114,7 +114,8 @@ def convolution_in_time(path: str) -> Span:
     return replace(patches(path), layout="BCT", aligned=False)
 
 
-def _ends(path: str, layout: str, model: Any) -> dict[str, Span]:
+def ends(path: str, layout: str, model: Any) -> dict[str, Span]:
+    """The output layer at `path`, where the model has one."""
     return {"logits": logits(path, layout)} if hasattr(model, path) else {}
 
 

@@ -44,3 +44,13 @@ def require_name(bank: Bank, name: str | None, verb: str) -> str:
     if name not in bank.records:
         raise AttachError(f"no attachment is named {name!r}", did_you_mean(str(name), bank.records))
     return name
+
+
+def check_name(name: str) -> None:
+    """Raise `AttachError` where no attachment can have this name."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise AttachError(
+            f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
+        )
+    if name == "training":  # a flag of every torch module
+        raise AttachError("'training' cannot name an attachment", "choose another name")

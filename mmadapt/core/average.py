@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attached import NAME
+from mmadapt.core.attached import check_name
 from mmadapt.core.store import read, write
-from mmadapt.errors import AdapterFileError, AttachError
+from mmadapt.errors import AdapterFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,8 @@ def average(
     """
     folders = [Path(path).expanduser() for path in _several(paths)]
     shares = _shares(weights, len(folders))
-    if name is not None and not NAME.fullmatch(name):
-        raise AttachError(
-            f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
-        )
+    if name is not None:
+        check_name(name)
     manifests, tensors = zip(*[read(folder) for folder in folders], strict=True)
     for folder, manifest, own in zip(folders[1:], manifests[1:], tensors[1:], strict=True):
         _check_alike(folders[0], manifests[0], tensors[0], folder, manifest, own)

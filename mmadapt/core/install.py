@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mmadapt.core.attached import NAME
+from mmadapt.core.attached import check_name
 from mmadapt.core.attachment import Attachment
 from mmadapt.core.bank import (
     BANK,
@@ -52,7 +52,7 @@ def install(
 
     `tensors`, by file key, are copied into the layers before the backbone is touched.
     """
-    _check_name(name)
+    check_name(name)
     bank = bank_of(model)
     if bank is not None and name in bank.records and not replace:
         raise AttachError(
@@ -122,15 +122,6 @@ def build(
     for layer in layers.values():
         layer.share(shared)
     return {**layers, SHARED: shared}
-
-
-def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise AttachError(
-            f"{name!r} cannot name an attachment", "use letters, digits, '_' and '-' only"
-        )
-    if name == "training":  # a flag of every torch module
-        raise AttachError("'training' cannot name an attachment", "choose another name")
 
 
 def _check_root(model: nn.Module) -> None:

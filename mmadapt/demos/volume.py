@@ -91,7 +91,7 @@ def run(
         + "\n"
     )
     tables = table, clicks, structures
-    report = _report(out, tables, attachment, history, test, found, (study, path, told))
+    report = _report(out, tables, attachment, history, test, found, (scan, study, path, told))
     show(f"report: {report}\n{time.perf_counter() - started:.0f} s in all")
     return results
 
@@ -243,7 +243,7 @@ def _report(
     history: mm.History,
     test: Cases,
     found: list[np.ndarray],
-    scanned: tuple[volumes.SliceSegmenter, Path, dict[str, Any]],
+    scanned: tuple[volumes.Volume, volumes.SliceSegmenter, Path, dict[str, Any]],
 ) -> Path:
     from mmadapt.ui.page import Page, loss_figure
 
@@ -274,7 +274,7 @@ def _report(
     page.table(attachment.summary())
     page.figure(loss_figure({KEPT: history.losses}, "Dice + cross-entropy"), "Training loss.")
     page.heading("A real scan, from NIfTI to NIfTI")
-    study, path, told = scanned
+    scan, study, path, told = scanned
     page.text(
         f"{SCAN} comes with nibabel's tests: an MR scan of a head. It has no labels, and the adapter has "
         "seen generated stacks alone, so no number says how good the answer below is, and none is "
@@ -282,12 +282,11 @@ def _report(
         "clicked in its own voxels, and that the mask comes out where the scan lies."
     )
     page.table(_told_table(told))
-    whole = volumes.read_nifti(scan_file(), t=TIME)
     page.figure(
         volumes.planes_figure(
-            whole.window(WINDOW),
+            scan.window(WINDOW),
             at=SCAN_CLICKS[0][0],
-            mask=volumes.read_mask(path, like=whole),
+            mask=volumes.read_mask(path, like=scan),
             names={1: "answer"},
         ),
         "The saved mask, read again, over the whole scan; at the cross the first click.",

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapt.core.attached import require_bank, require_name
+from mmadapt.core.attached import NAME, require_bank, require_name
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.store import replace_file
 from mmadapt.errors import AdapterFileError, BackboneError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mmadapt.adapter import Adapter
 
 LAYOUT = "mms"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 OWN = tuple(f"audio.layers[*].language.{role}" for role, _ in PARTS.values())
 
 
@@ -122,7 +121,7 @@ def write_mms(
     """
     from safetensors.torch import save as to_bytes
 
-    if not _NAME.fullmatch(language):
+    if not NAME.fullmatch(language):
         raise AdapterFileError(
             f"{language!r} names no language", 'expected letters, digits, "_" and "-", as in "deu"'
         )

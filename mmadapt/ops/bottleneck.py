@@ -35,40 +35,20 @@ def bottleneck(
 
     A `dropout` other than 0 always acts: training is the caller's business.
     """
-    if choice.FORCED is None and x.is_cpu:
-        # the reference's own lines, since on a CPU a call more can be felt
+    if choice.FORCED is None and x.is_cpu:  # nothing to choose, and a call more can be felt
         if not x.is_floating_point():
             _refuse_integers(x)
-        z = x if norm is None else layer_norm(x, *norm)
-        delta = change(z, down, down_bias, up, up_bias, activation, scale, dropout)
-        if residual is None:
-            return delta if delta.dtype == x.dtype else delta.to(x.dtype)
-        return residual + (delta if delta.dtype == residual.dtype else delta.to(residual.dtype))
-    return _chosen(residual, x, norm, down, down_bias, up, up_bias, activation, scale, dropout)
-
-
-def _chosen(
-    residual: Tensor | None,
-    x: Tensor,
-    norm: tuple[Tensor, Tensor] | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    activation: str,
-    scale: Tensor | float,
-    dropout: float,
-) -> Tensor:
-    check(residual, x, norm, down, up)
-    chosen = choice.choose(case(x, down, up, activation, norm is not None, dropout))
-    if chosen.path == "triton":
-        tensors = (*(norm or (None, None)), down, down_bias, up, up_bias)
-        return _fused(residual, x, tensors, scale, None, activation)
+    else:
+        check(residual, x, norm, down, up)
+        fits = case(x, down, up, activation, norm is not None, dropout)
+        if choice.choose(fits).path == "triton":
+            tensors = (*(norm or (None, None)), down, down_bias, up, up_bias)
+            return _fused(residual, x, tensors, scale, None, activation)
     z = x if norm is None else layer_norm(x, *norm)
     delta = change(z, down, down_bias, up, up_bias, activation, scale, dropout)
     if residual is None:
-        return delta.to(x.dtype)
-    return residual + delta.to(residual.dtype)
+        return delta if delta.dtype == x.dtype else delta.to(x.dtype)
+    return residual + (delta if delta.dtype == residual.dtype else delta.to(residual.dtype))
 
 
 def mixed(

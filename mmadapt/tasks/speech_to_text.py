@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmadapt.core.backbone import unwrap, unwrap_model
 from mmadapt.core.store import replace_file
@@ -150,11 +149,8 @@ class SpeechToText(nn.Module):
         if shape.reduce == "stack":
             return stack_frames(frames, mask, shape.factor)
         if shape.reduce == "stride":
-            frames = torch.where(mask[..., None], frames, 0.0)
-            frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % shape.factor))
-            missing = -mask.shape[1] % shape.factor
-            mask = F.pad(mask, (0, missing)).unflatten(1, (-1, shape.factor)).any(-1)
-            return self.convolution(frames.mT).mT, mask
+            stacked, mask = stack_frames(frames, mask, shape.factor)
+            return self.convolution(stacked.reshape(len(frames), -1, shape.channels).mT).mT, mask
         if logits is None:
             raise DataError(
                 'reduce="blanks" drops frames by the logits of a CTC model, and none were given',

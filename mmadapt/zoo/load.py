@@ -70,10 +70,11 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, item)
     if (folder / "config.json").is_file():
-        if _hears_log_mel(folder):
+        config = json.loads((folder / "config.json").read_text())
+        if "log_mel" in config:
             model = _log_mel(folder)
         else:
-            model = _transformers(folder, quiet=item is not None)
+            model = _transformers(folder, config, quiet=item is not None)
         reads = _characters if type(model).__name__.endswith("ForCTC") else _tokenizer
         return Backbone(model, _preprocess(folder), reads(folder), entry=item)
     raise ZooError(
@@ -82,7 +83,7 @@ def _from_folder(folder: Path, item: Entry | None) -> Backbone:
     )
 
 
-def _transformers(folder: Path, quiet: bool) -> nn.Module:
+def _transformers(folder: Path, config: dict[str, Any], quiet: bool) -> nn.Module:
     """A model of the class and precision its configuration names; the global random state stays.
 
     A class without an anatomy of its own, such as one for pretraining, gives its bare encoder. `quiet`
@@ -92,7 +93,6 @@ def _transformers(folder: Path, quiet: bool) -> nn.Module:
     import transformers
     from transformers.utils import logging
 
-    config = json.loads((folder / "config.json").read_text())
     cls = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModel)
     if f"{cls.__module__}.{cls.__qualname__}" not in KNOWN:
         cls = transformers.AutoModel
@@ -114,11 +114,6 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _hears_log_mel(folder: Path) -> bool:
-    """Whether the configuration asks for a front end without parameters."""
-    return "log_mel" in json.loads((folder / "config.json").read_text())
 
 
 def _log_mel(folder: Path) -> nn.Module:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy
 
-from mmadapt.errors import DataError, MissingDependencyError, ZooError
+from mmadapt.errors import DataError, ZooError
 from mmadapt.tasks.audio.clip import Audio
+from mmadapt.tasks.audio.reading import soundfile_library
 from mmadapt.zoo.manifest import data_folder, entry
 
 Speech = tuple[list[Audio], list[str]]
@@ -25,7 +26,7 @@ def shipped(name: str = "tiny/ctc") -> dict[str, Speech]:
 
 def read(folder: Path) -> dict[str, Speech]:
     """The clips that `write` put into a folder."""
-    soundfile = _soundfile()
+    soundfile = soundfile_library()
     index = json.loads((folder / "clips.json").read_text())
     samples, rate = soundfile.read(folder / "clips.opus", dtype="float32")
     wanted = sum(clip["samples"] for one in index["sets"].values() for clip in one)
@@ -61,7 +62,7 @@ def write(folder: Path, sets: dict[str, Speech], **about: Any) -> None:
             rows.append({"text": text, "voice": voice, "samples": len(clip)})
             parts.append(clip.samples)
         index["sets"][name] = rows
-    _soundfile().write(
+    soundfile_library().write(
         folder / "clips.opus",
         numpy.concatenate(parts),
         rates.pop(),
@@ -70,13 +71,3 @@ def write(folder: Path, sets: dict[str, Speech], **about: Any) -> None:
         compression_level=0.96,
     )
     (folder / "clips.json").write_text(json.dumps(index, indent=0) + "\n")
-
-
-def _soundfile() -> Any:
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the clips are stored as Opus, which soundfile reads", "pip install 'mmadapt[audio]'"
-        ) from error
-    return soundfile

@@ -110,14 +110,14 @@ class Stream:
         self.waiting = numpy.concatenate([self.waiting, piece])
         for window, first, count in self._ready(final=False):
             self._hear(window, first, count)
-        return self._new(len(self._complete()))
+        return self._new(self._complete())
 
     def end(self) -> list[Word]:
         """Hear what is left; the words not told yet."""
         for window, first, count in self._ready(final=True):
             self._hear(window, first, count)
         self.ended = True
-        return self._new(len(self.greedy.words()))
+        return self._new(self.greedy.words())
 
     @property
     def transcript(self) -> Transcript:
@@ -151,9 +151,9 @@ class Stream:
         closed = bool(tokens) and self.listen.vocabulary.tokens[tokens[-1][0]] in (between, " ")
         return words if closed else words[:-1]
 
-    def _new(self, known: int) -> list[Word]:
-        fresh = self.greedy.words()[self.told : known]
-        self.told = max(self.told, known)
+    def _new(self, known: tuple[Word, ...]) -> list[Word]:
+        fresh = known[self.told :]
+        self.told = max(self.told, len(known))
         return list(fresh)
 
 

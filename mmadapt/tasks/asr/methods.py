@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mmadapt.adapter import Adapter, Bottleneck, ConvAdapter, LoRA, Unlock
 from mmadapt.core.attach import attach
@@ -27,23 +25,20 @@ class Method:
 
     adapter: Adapter | None
     rate: float = ADAPTER_RATE
-    at: Callable[[Any], tuple[str, ...] | None] = lambda m: None
+    #: its sites, where they are not the adapter's own
+    at: tuple[str, ...] | None = None
 
 
-def biases(m: Any) -> tuple[str, ...]:
-    """Sites of every bias in the encoder's blocks."""
-    return tuple(f"{site}.bias" for site in _BIASED)
-
-
-_BIASED = tuple(
-    f"audio.layers[*].{part}"
+#: of every bias in the encoder's blocks
+BIASES = tuple(
+    f"audio.layers[*].{part}.bias"
     for part in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "norm1", "norm2")
 )
 
 #: on tiny/ctc the three adapters have as many parameters, within 1 %
 METHODS: dict[str, Method] = {
-    "head only": Method(Unlock(), at=lambda m: ("logits", "logits.bias")),
-    "biases": Method(Unlock(), at=biases),
+    "head only": Method(Unlock(), at=("logits", "logits.bias")),
+    "biases": Method(Unlock(), at=BIASES),
     "LoRA": Method(LoRA(26)),
     "Bottleneck": Method(Bottleneck(51, placement="parallel", at=("audio.layers[*].mlp",))),
     "ConvAdapter": Method(ConvAdapter(32, kernel=15)),
@@ -81,8 +76,7 @@ def teach(
     if chosen.adapter is None:
         unwrap_model(listen.backbone).requires_grad_(True)
     else:
-        at = chosen.at(listen.backbone)
-        attachment = attach(listen.backbone, chosen.adapter, name=name, at=at, seed=seed)
+        attachment = attach(listen.backbone, chosen.adapter, name=name, at=chosen.at, seed=seed)
     history = fit(
         listen.backbone,
         batches,

@@ -14,7 +14,7 @@ from mmadapt.tasks.asr.batches import Batches
 from mmadapt.tasks.asr.decode import Greedy, Transcript
 from mmadapt.tasks.asr.score import Score
 from mmadapt.tasks.asr.vocabulary import Unknown, Vocabulary
-from mmadapt.tasks.audio.batch import check_clips
+from mmadapt.tasks.audio.batch import alike, check_clips
 from mmadapt.tasks.audio.clip import Audio
 from mmadapt.tasks.audio.wave import WaveFeatures
 from mmadapt.train.flags import eval_mode
@@ -81,26 +81,14 @@ class Recogniser:
         checked = check_clips(clips, self.features.rate, self.features.least)
         found: dict[int, Tensor] = {}
         device = next(self.model.parameters()).device
-        order = sorted(range(len(checked)), key=lambda place: len(checked[place]))
+        equal = not self.features.masked  # padding would be heard
         with eval_mode(self.model):
-            for group in self._groups(order, checked, batch_size):
+            for group in alike(checked, batch_size, equal):
                 batch = self.features.batch([checked[place] for place in group])
                 inputs = {name: value.to(device) for name, value in batch.inputs.items()}
                 for place, row in zip(group, self.model(**inputs).logits, strict=True):
                     found[place] = row[: self.features.frames(len(checked[place]))].float().cpu()
         return [found[place] for place in range(len(checked))]
-
-    def _groups(self, order: list[int], clips: list[Audio], size: int) -> list[list[int]]:
-        """Of `size` at most; of equal lengths where padding would be heard."""
-        groups: list[list[int]] = []
-        for place in order:
-            last = groups[-1] if groups else []
-            fits = self.features.masked or not last or len(clips[last[0]]) == len(clips[place])
-            if last and len(last) < size and fits:
-                last.append(place)
-            else:
-                groups.append([place])
-        return groups
 
     def transcribe(self, clips: Sequence[Audio] | Audio, batch_size: int = 16) -> list[Transcript]:
         """What is said in each clip, heard whole."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,22 @@ def check_clips(clips: Audio | Sequence[Audio], rate: int, least: int) -> list[A
     if not len(clips):
         raise DataError("there are no clips")
     return [check_clip(clip, rate, least, place) for place, clip in enumerate(clips)]
+
+
+def alike(
+    clips: Sequence[Audio], size: int, equal: bool, places: Iterable[int] | None = None
+) -> list[list[int]]:
+    """Places of clips, or of some, in groups of `size` at most: alike in length, or of `equal` length."""
+    groups: list[list[int]] = []
+    for place in sorted(
+        range(len(clips)) if places is None else places, key=lambda i: len(clips[i])
+    ):
+        last = groups[-1] if groups else []
+        if last and len(last) < size and not (equal and len(clips[last[0]]) != len(clips[place])):
+            last.append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def check_clip(clip: Any, rate: int, least: int, place: int = 0) -> Audio:

@@ -30,7 +30,7 @@ def load_audio(
 
         clip = load_audio("street.flac", start=60, duration=10)
     """
-    soundfile = _soundfile()
+    soundfile = soundfile_library()
     if isinstance(source, (bytes, bytearray)):
         source = io.BytesIO(source)
     name = Path(str(getattr(source, "name", ""))).name
@@ -65,7 +65,8 @@ def load_audio(
     return clip if rate is None else clip.resampled(rate)
 
 
-def _soundfile() -> Any:
+def soundfile_library() -> Any:
+    """soundfile, or an error with the line that installs it."""
     try:
         import soundfile
     except ImportError as error:

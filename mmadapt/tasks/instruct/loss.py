@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn import functional as F
 
 from mmadapt.core.backbone import unwrap_model
 from mmadapt.core.given import context
 from mmadapt.errors import CheckError, DataError
 from mmadapt.tasks.instruct.data import IGNORED
+from mmadapt.train.flags import eval_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,16 +59,11 @@ def check_packing(m: Any, batch: dict[str, Tensor]) -> None:
     device = next(model.parameters()).device
     ids, positions = (batch[key][row, None].to(device) for key in ("input_ids", "position_ids"))
     second = int((positions[0] == 0).nonzero()[1])
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            whole = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-            alone = model(
-                input_ids=ids[:, second:], position_ids=positions[:, second:], use_cache=False
-            ).logits
-    finally:
-        model.train(training)
+    with eval_mode(model):
+        whole = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        alone = model(
+            input_ids=ids[:, second:], position_ids=positions[:, second:], use_cache=False
+        ).logits
     far = float((whole[:, second:] - alone).abs().max() / alone.abs().max())
     if far > APART:
         raise CheckError(

@@ -78,7 +78,7 @@ def answering(m: Any, visual: Tensor | None = None) -> Iterator[None]:
     model = unwrap_model(m)
     seen = None if visual is None else visual.to(next(model.parameters()).device)
     told = nullcontext() if seen is None else context(m, visual=seen)
-    with eval_mode(model), torch.no_grad(), told:
+    with eval_mode(model), told:
         yield
 
 

@@ -26,6 +26,7 @@ from mmadapt.errors import DataError
 from mmadapt.tasks.audio.augment import SpecAugment
 from mmadapt.tasks.tagging.data import Tagged, tagged
 from mmadapt.tasks.tagging.loss import TaggingLoss, logits_of
+from mmadapt.tasks.tagging.metrics import precision_recall
 from mmadapt.tasks.tagging.scores import Scores
 from mmadapt.tasks.tagging.sounds import HALL, NEW, SOURCE, STUDIO, sounds
 from mmadapt.tasks.tagging.tagger import tensors
@@ -201,8 +202,6 @@ def _source(m: Any, source: Prepared, head: bool) -> float:
 
 
 def _result(name: str, parameters: int, seed: int, scores: Scores, seconds: float = 0.0) -> Result:
-    from mmadapt.tasks.tagging.metrics import precision_recall
-
     recall = precision_recall(scores.truth, scores.answers)[1]
     return Result(
         name,

@@ -13,6 +13,7 @@ from mmadapt.core.attach import active, attachments
 from mmadapt.core.backbone import Backbone, unwrap_model
 from mmadapt.core.bank import bank_of
 from mmadapt.errors import DataError
+from mmadapt.tasks.audio.batch import alike
 from mmadapt.tasks.audio.clip import Audio
 from mmadapt.tasks.audio.spectrum import SpectrumFeatures
 from mmadapt.tasks.audio.wave import WaveFeatures
@@ -80,7 +81,6 @@ class Tagger:
         self.hop = hop or self.seconds / 2
         self.batch_size = batch_size
 
-    @torch.no_grad()
     def probabilities(self, clips: Sequence[Audio]) -> Tensor:
         """Of every clip and class, float32 (N, K), on the CPU."""
         if isinstance(clips, Audio):
@@ -89,15 +89,16 @@ class Tagger:
             raise DataError("there are no clips")
         short = [place for place, clip in enumerate(clips) if not self._long(clip)]
         found: dict[int, Tensor] = {}
+        # padding would be heard
+        equal = isinstance(self.features, WaveFeatures) and not self.features.masked
         with eval_mode(self.model):
-            for part in self._batches(clips, short):
+            for part in alike(clips, self.batch_size, equal, short):
                 found.update(zip(part, self._once([clips[i] for i in part]), strict=True))
             for place, clip in enumerate(clips):
                 if place not in found:
                     found[place] = self._windows(clip)[0]
         return torch.stack([found[place] for place in range(len(clips))])
 
-    @torch.no_grad()
     def tag(self, clip: Audio) -> Tags:
         """What is in one clip, and where in it, as a value that can be heard and seen."""
         with eval_mode(self.model):
@@ -114,20 +115,6 @@ class Tagger:
             alone = self._once([clip])
             return alone[0], [0.0], alone
         return over_windows(clip, self._once, self.seconds, self.hop, self.batch_size)
-
-    def _batches(self, clips: Sequence[Audio], places: list[int]) -> list[list[int]]:
-        """Places of clips that go together: alike in length, equal where padding would be heard."""
-        equal = isinstance(self.features, WaveFeatures) and not self.features.masked
-        parts: list[list[int]] = []
-        for place in sorted(places, key=lambda place: len(clips[place])):
-            fits = bool(parts) and len(parts[-1]) < self.batch_size
-            if fits and equal:
-                fits = len(clips[parts[-1][0]]) == len(clips[place])
-            if fits:
-                parts[-1].append(place)
-            else:
-                parts.append([place])
-        return parts
 
     def _once(self, clips: list[Audio]) -> Tensor:
         """Probabilities of clips that fit, each in one piece."""
