@@ -23,10 +23,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .activations import NUMBERS
 from .backward import input_kernel, weight_kernel
 from .forward import forward_kernel
-from .settings import Tiles, forward_tiles, input_tiles, units, weight_tiles
+from .settings import NUMBERS, Tiles, forward_tiles, input_tiles, units, weight_tiles
 
 ARCHITECTURES = (80, 90, 100)
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"

@@ -95,7 +95,7 @@ def test_a_model_reaches_the_kernels(quick: dict[str, Any]) -> None:
 
 
 def test_every_activation_has_a_number_and_is_tried() -> None:
-    from mmadapt.kernels.activations import NUMBERS
+    from mmadapt.kernels.settings import NUMBERS
     from mmadapt.kernels.settings import WIDEST as WIDEST_SETTING
 
     assert set(NUMBERS) == set(ACTIVATIONS)
