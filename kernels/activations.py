@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _sigmoid(u):
     return 1.0 / (1.0 + tl.exp(-u))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mmadapt.kernels.cuda
+from mmadapt.kernels.cuda.compiler import SOURCES
 from mmadapt.kernels.cuda.instance import RESIDUALS, Arguments, Instance
 
 HERE = Path(__file__).parent
@@ -17,8 +18,7 @@ COMPILER = shutil.which("g++")
 
 _MAIN = """
 #include "{here}/emulation.h"
-#include "{source}/activations.cuh"
-#include "{source}/forward.cuh"
+{kernel}
 
 typedef std::string (*Run)(const Arguments&, int, u32);
 template <typename N, int C, int W, int WARPS, int B, int S, bool NORM, int ACT, int RES, int SIZE>
@@ -42,14 +42,21 @@ extern "C" void make_reachable(const char* from, long long bytes) {{ reachable.p
 class Emulator:
     """Instances of the kernel in one library; `start` stands for `driver.start`."""
 
-    def __init__(self, instances: Sequence[Instance], folder: Path) -> None:
+    def __init__(
+        self, instances: Sequence[Instance], folder: Path, changes: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        kernel = "\n".join((SOURCE / name).read_text() for name in SOURCES[1:])
+        for old, new in changes:
+            if old not in kernel:
+                raise ValueError(f"{old!r} is not in the kernel")
+            kernel = kernel.replace(old, new)
         self.instances = list(dict.fromkeys(instances))
         expressions = [i.expression.removeprefix("bottleneck_forward") for i in self.instances]
         main = folder / "main.cpp"
         main.write_text(
             _MAIN.format(
                 here=HERE,
-                source=SOURCE,
+                kernel=kernel,
                 runs=", ".join(f"run{each}" for each in expressions),
                 sizes=", ".join(f"Forward{each}::BYTES" for each in expressions),
             )

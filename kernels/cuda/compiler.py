@@ -35,7 +35,9 @@ def missing() -> str | None:
     try:
         _nvrtc()
     except OSError:
-        return "NVRTC, which compiles the CUDA kernel and comes with torch's CUDA builds, is not here"
+        return (
+            "NVRTC, which compiles the CUDA kernel and comes with torch's CUDA builds, is not here"
+        )
     return None
 
 
@@ -52,9 +54,7 @@ def compile_(expression: str, architecture: str) -> Compiled:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     text, name = source().encode(), expression.encode()
     options = [option.encode() for option in (f"--gpu-architecture={architecture}", *OPTIONS)]
-    _check(
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"bottleneck.cu", 0, None, None)
-    )
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"bottleneck.cu", 0, None, None))
     try:
         _check(nvrtc.nvrtcAddNameExpression(program, name))
         given = (ctypes.c_char_p * len(options))(*options)

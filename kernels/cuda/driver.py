@@ -83,9 +83,7 @@ def _loaded(instance: Instance, index: int) -> Loaded:
         shared=instance.shared,
     )
     _check(
-        driver.cuOccupancyMaxActiveClusters(
-            ctypes.byref(clusters), function, ctypes.byref(launch)
-        )
+        driver.cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, ctypes.byref(launch))
     )
     return Loaded(function, max(1, clusters.value))
 

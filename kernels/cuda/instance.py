@@ -53,9 +53,7 @@ class Instance(NamedTuple):
         """Bytes of shared memory a block takes."""
         rows = self.buffers * self.rows * (self.channels + 8)
         stage = max(self.width * (CHUNK + 8), CHUNK * (self.width + 8))
-        return 2 * (rows + self.stages * stage) + 8 * (
-            2 * self.stages + self.buffers * self.warps
-        )
+        return 2 * (rows + self.stages * stage) + 8 * (2 * self.stages + self.buffers * self.warps)
 
 
 class Arguments(ctypes.Structure):

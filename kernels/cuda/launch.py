@@ -75,7 +75,11 @@ def packed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _reachable(rows: Tensor) -> Tensor:
     """(T, C) whose rows begin at multiples of 16 bytes, as bulk copies want them; copied if need be."""
     step = rows.stride(0) * rows.element_size()
-    return rows if rows.data_ptr() % 16 == 0 and step % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
+    return (
+        rows
+        if rows.data_ptr() % 16 == 0 and step % 16 == 0
+        else rows.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _processors(device: torch.device) -> int:

@@ -117,7 +117,9 @@ def fuses(x: Tensor, down: Tensor, up: Tensor, activation: str, norm: bool) -> b
     """Whether a kernel would compute mixed rows by matrices like these, (H, C_in) and (C, H), on x."""
     if choice.FORCED is None and x.is_cpu:
         return False
-    return choice.choose(case(x, x, down, up, activation, norm, 0.0, mixed=True)).path != "reference"
+    return (
+        choice.choose(case(x, x, down, up, activation, norm, 0.0, mixed=True)).path != "reference"
+    )
 
 
 def fused(
