@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,10 +32,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MMADAPT_CUBINS", str(tmp_path / "cubins"))
     cubins._say_once.cache_clear()
-    yield tmp_path / "cubins"
+    return tmp_path / "cubins"
 
 
 def test_compiled_once_and_then_read(compiled: list[str], place: Path) -> None:
