@@ -21,8 +21,12 @@ import torch
 from torch import Tensor
 
 from mmadapt.errors import OpsError
-from mmadapt.kernels.cuda import compiler, driver
-from mmadapt.kernels.cuda.instance import ARCHITECTURES, CHUNK, fits
+from mmadapt.kernels.cuda import compiler, driver  # pyright: ignore[reportMissingImports]
+from mmadapt.kernels.cuda.instance import (  # pyright: ignore[reportMissingImports]
+    ARCHITECTURES,
+    CHUNK,
+    fits,
+)
 from mmadapt.ops.reference import ACTIVATIONS
 
 PATHS = ("reference", "triton", "cuda")
