@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rules
 from device import Device
 from parts import MANY, Parts
+from vit_b import training_steps
 
 #: seconds that a row may take, which have to be left for it to begin
 ROW = 20

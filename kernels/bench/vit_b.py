@@ -24,7 +24,7 @@ def training_steps(device: Device) -> Iterator[dict[str, Any]]:
         paths = (None, *(p for p in device.paths if p.cluster in (0, 4)))
         for path in paths if sites else (None,):
             model: Any = ViTModel(ViTConfig(**small if dry else {}), add_pooling_layer=False)
-            model.to(device.name, torch.bfloat16)
+            model.to(device.name, torch.bfloat16).requires_grad_(False)
             size = model.config.image_size
             pixels = torch.randn(batch, 3, size, size, device=device.name).bfloat16()
             pixels.requires_grad_(not sites)  # without an adapter, gradients still go down
