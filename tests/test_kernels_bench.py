@@ -101,6 +101,35 @@ def test_predictions_turn_from_memory_to_the_cache_to_products(rules: Any) -> No
     assert microseconds(128, 64, 4) == pytest.approx(57.4, abs=0.2)  # products bind
 
 
+def test_the_page_has_what_is_committed_of_every_compiled_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import compiled_table  # pyright: ignore[reportMissingImports]
+
+    found = json.loads((BENCH / "compiled.json").read_text())
+    page = (BENCH.parents[1] / "docs" / "kernels.md").read_text()
+    assert compiled_table.filled(page, found) == page
+    assert [kernel for kernel in found["kernels"] if kernel["spilled"]] == []
+    found["kernels"][-1]["spilled"] = 8
+    assert "and 8 B spilled |" in compiled_table.filled(page, found)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed here"
+)
+def test_what_is_committed_is_of_the_shapes_there_are() -> None:
+    from mmadapt.kernels import compile_ahead
+
+    found = json.loads((BENCH / "compiled.json").read_text())["kernels"]
+    for architecture in compile_ahead.ARCHITECTURES:
+        kept = [kernel for kernel in found if kernel["architecture"] == architecture]
+        clusters = [k["tiles"]["cluster"] for k in kept if k["kernel"] == "cluster"]
+        sizes = [size for _, size in compile_ahead.CLUSTERS] if architecture > 80 else []
+        assert clusters == sizes
+        assert len(kept) == 3 * len(compile_ahead.CASES) + len(sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     COMPILER is None or importlib.util.find_spec("triton") is None,
