@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from pages import fill
 
@@ -76,6 +75,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs" / "kernels.md"
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
     found = json.loads((Path(__file__).parent / "compiled.json").read_text())
     page.write_text(filled(page.read_text(), found))
