@@ -89,6 +89,16 @@ class Device:
 
         return 1000 * float(do_bench(call, warmup=25, rep=milliseconds, return_mode="median"))  # pyright: ignore[reportArgumentType]
 
+    def captured(self, call: Callable[[], Any]) -> float:
+        """The same of a captured graph of the call: what the device takes without the host."""
+        if self.dry:
+            return self.microseconds(call)
+        call()  # compiles
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            call()
+        return self.microseconds(graph.replay)
+
     def _emulate(self) -> str | None:
         """Put the emulator in the driver's place for the dry walk's shape; or why not."""
         from emulated import COMPILER, Emulator

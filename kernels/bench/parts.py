@@ -140,31 +140,40 @@ class Parts:
         return size, itertools.cycle([self.drawn(channels, width, tokens) for _ in range(many)])
 
     def forward(self, tokens: int, norm: bool, ceilings: dict[str, float]) -> Iterator[Row]:
-        """Without gradients, by every path and eagerly."""
+        """Without gradients, by every path and eagerly: captured, as called, and folding alone."""
         for channels, width in self.shapes:
             size, inputs = self.rotating(channels, width, tokens)
-            row: Row = {
-                "channels": channels,
-                "width": width,
-                "tokens": tokens,
-                "norm": norm,
-                "us": {},
-            }
+            row: Row = {"channels": channels, "width": width, "tokens": tokens, "norm": norm}
+            row |= {"us": {}, "called_us": {}, "predicted_us": {}, "share_of_copy": {}}
 
             def run(way: Callable[..., Any], inputs: Iterator[Any] = inputs) -> None:
                 with self.torch.no_grad():
                     way(*next(inputs), norm)
 
-            for path in self.device.paths:
+            ways = [(path.name, path, self.fused) for path in self.device.paths]
+            for name, path, way in (*ways, ("eager", None, self.eager)):
                 with self.device.on(path):
-                    row["us"][path.name] = self.device.microseconds(lambda: run(self.fused))
-            row["us"]["eager"] = self.device.microseconds(lambda: run(self.eager))
-            row["predicted_us"] = {
-                p.name: self.predicted(row, ceilings, p) for p in self.device.paths
-            }
-            copied = 1e6 * size / ceilings["copy_bytes_per_second"]
-            row["share_of_copy"] = {p.name: copied / row["us"][p.name] for p in self.device.paths}
+                    row["us"][name] = self.device.captured(lambda way=way: run(way))
+                    row["called_us"][name] = self.device.microseconds(lambda way=way: run(way))
+                if path:
+                    copied = 1e6 * size / ceilings["copy_bytes_per_second"]
+                    row["share_of_copy"][name] = copied / row["us"][name]
+                    row["predicted_us"][name] = self.predicted(row, ceilings, path)
+            row["folding_us"] = self.device.captured(lambda: self.folded(next(inputs)[1], norm))  # noqa: B023
             yield row
+
+    def folded(self, tensors: list[Any], norm: bool) -> Any:
+        """What comes before the kernel: norm and scales into the matrices, and those into chunks."""
+        from mmadapt.kernels.cuda.launch import packed
+
+        from mmadapt.ops.folding import Parameters, fold
+
+        with self.torch.no_grad():
+            weight, bias, down, down_bias, up, up_bias = (tensor[None] for tensor in tensors)
+            norms = (weight, bias) if norm else (None, None)
+            parameters = Parameters(*norms, down, down_bias, up, up_bias, None)
+            found = fold(parameters, self.torch.bfloat16)
+            return packed(found.down[0], found.up[0])
 
     def predicted(self, row: Row, ceilings: dict[str, float], path: Route) -> float:
         """By arithmetic, for the tiles that this path takes."""
@@ -255,11 +264,7 @@ class Parts:
         for name, path, way in ways:
             with self.device.on(path), self.torch.no_grad():
                 row["us"][name] = self.device.microseconds(lambda way=way: way(x, tensors))
-                if not self.device.dry:
-                    graph = self.torch.cuda.CUDAGraph()
-                    with self.torch.cuda.graph(graph):
-                        way(x, tensors)
-                    row["us"][f"{name}, graph"] = self.device.microseconds(graph.replay)
+                row["us"][f"{name}, graph"] = self.device.captured(lambda way=way: way(x, tensors))
         return row
 
     def mixed(self) -> Iterator[Row]:

@@ -9,12 +9,11 @@ which leaves to Triton what it does not compute, every backward pass among it.
 from __future__ import annotations
 
 import functools
-import html
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -80,7 +79,7 @@ class Case(NamedTuple):
     functorch: bool = False
     #: whether each row picks an adapter
     mixed: bool = False
-    #: of the residual, where it is another tensor than x
+    #: of the residual, where there is one
     residual: torch.dtype | None = None
 
 
@@ -114,8 +113,8 @@ REASONS: dict[str, Callable[[Case], str]] = {
     ),
     "mixed": lambda case: "each row picks an adapter",
     "halves": lambda case: (
-        f"the CUDA kernel computes bfloat16 or float16 throughout, not {_name(case.dtype)} in products "
-        f"of {_name(case.operands)} to {_name(case.residual or case.dtype)}"
+        f"the CUDA kernel computes bfloat16 or float16 throughout, not {name(case.dtype)} in products "
+        f"of {name(case.operands)} to {name(case.residual or case.dtype)}"
     ),
     "chunks": lambda case: (
         f"the CUDA kernel goes from channels to as many, in chunks of {CHUNK}, not from "
@@ -130,11 +129,11 @@ REASONS: dict[str, Callable[[Case], str]] = {
     "activation": lambda case: f"the kernels have no activation {case.activation!r}",
     "empty": lambda case: "there is nothing to compute",
     "dtype": lambda case: (
-        f"{_name(case.dtype)} in products of {_name(case.operands)} is not among "
-        f"{', '.join(map(_name, _DTYPES))}"
+        f"{name(case.dtype)} in products of {name(case.operands)} is not among "
+        f"{', '.join(map(name, _DTYPES))}"
     ),
     "rounding": lambda case: (
-        f"{_name(case.dtype)} is normed before autocast rounds it to {_name(case.operands)}"
+        f"{name(case.dtype)} is normed before autocast rounds it to {name(case.operands)}"
     ),
     "width": lambda case: (
         f"the bottleneck is {case.width} wide, and the kernels' registers hold {WIDEST}"
@@ -163,13 +162,13 @@ def choose(case: Case) -> Choice:
     if FORCED == "reference":
         return Choice("reference", True, None)
     if FORCED is None:
-        against = _unfit(case) or _slower(case)
+        against = unfit(case) or _slower(case)
         path = "reference" if against else "cuda" if cluster_for(case) else "triton"
         return Choice(path, False, against)
-    against = _unfit(case) if FORCED == "triton" else _unfit_for_cuda(case)
+    against = unfit(case) if FORCED == "triton" else unfit_for_cuda(case)
     if against is None:
         return Choice(FORCED, True, None)
-    other = "triton" if FORCED == "cuda" and _unfit(case) is None else "reference"
+    other = "triton" if FORCED == "cuda" and unfit(case) is None else "reference"
     choice = Choice(other, True, against)
     if against != "empty" and not torch.compiler.is_compiling():
         _say_once(other, choice.why(case))
@@ -184,10 +183,10 @@ def cluster_for(case: Case) -> int:
         measured = measured or CLUSTER
     elif FORCED is not None:
         return 0
-    return measured if measured and _unfit_for_cuda(case) is None else 0
+    return measured if measured and unfit_for_cuda(case) is None else 0
 
 
-def _unfit(case: Case) -> str | None:
+def unfit(case: Case) -> str | None:
     """Why no Triton kernel can compute this, or None."""
     unreached = unreached_on(case.device)
     if unreached:
@@ -195,7 +194,7 @@ def _unfit(case: Case) -> str | None:
     return _unfit_for_any(case)
 
 
-def _unfit_for_cuda(case: Case) -> str | None:
+def unfit_for_cuda(case: Case) -> str | None:
     """Why the CUDA kernel cannot compute this forward pass, or None."""
     unreached = cuda_unreached_on(case.device) or _unfit_for_any(case)
     if unreached:
@@ -301,79 +300,6 @@ def _say_once(path: str, why: str) -> None:
     warnings.warn(f"{computes} a bottleneck: {why}", UserWarning, stacklevel=2)
 
 
-def _name(dtype: torch.dtype) -> str:
+def name(dtype: torch.dtype) -> str:
+    """As torch says it, without its own name in front."""
     return str(dtype).removeprefix("torch.")
-
-
-# -- showing it ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which path a bottleneck takes and why; a table in a notebook, lines elsewhere."""
-
-    path: str
-    why: str
-    facts: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        width = max(map(len, self.facts))
-        lines = [f"  {name.ljust(width)}  {value}" for name, value in self.facts.items()]
-        return "\n".join([f"{self.path}: {self.why}", *lines])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-            for name, value in self.facts.items()
-        )
-        said = f"<b>{html.escape(self.path)}</b>: {html.escape(self.why)}"
-        return f"<div>{said}</div><table>{rows}</table>"
-
-
-def explain(
-    tokens: int,
-    channels: int,
-    width: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    norm: bool = False,
-    activation: str = "gelu",
-    training: bool = True,
-    channels_in: int | None = None,
-) -> Explanation:
-    """Which path a bottleneck of `channels` → `width` → `channels` over `tokens` takes, and why.
-
-    `dtype` is that of the hidden states. `channels_in` differs where a parallel bottleneck reads
-    other channels than it writes.
-    """
-    place = torch.device(device)
-    case = Case(
-        tokens=tokens,
-        channels_in=channels_in or channels,
-        channels=channels,
-        width=width,
-        dtype=dtype,
-        operands=dtype,
-        device=place,
-        norm=norm,
-        activation=activation,
-        training=training,
-    )
-    choice, unfit, limits = choose(case), _unfit(case), thresholds_on(place)
-    moved = tokens * (case.channels_in + channels) * dtype.itemsize
-    work = 2 * tokens * width * (case.channels_in + channels)
-    clusters = _unfit_for_cuda(case)
-    facts = {
-        "x": f"{_name(dtype)}[{tokens:,}, {case.channels_in:,}] on {place}",
-        "bottleneck": f"{case.channels_in:,} → {width} → {channels:,}, {activation}"
-        + (", norm" if norm else ""),
-        "forced": FORCED or "no",
-        "Triton here": REASONS[unfit](case) if unfit else "fits",
-        "CUDA here": REASONS[clusters](case) if clusters else "fits, forward",
-        "thresholds": limits.measured if limits else "unmeasured on this device",
-        "forward": f"{moved / 1e6:.1f} MB at least, {work / 1e9:.2g} GFLOP",
-    }
-    return Explanation(choice.path, choice.why(case), facts)

@@ -2,7 +2,8 @@
 
 `mmadapt::bottleneck` and `mmadapt::bottleneck_backward` know nothing of autograd: `Fused` stands
 around them, which costs a fraction of an operator's own registration. Kernels compute them where
-Triton reaches, or CUDA where it was chosen, `plain` elsewhere. Kept for backward are x, the parameters, and two numbers a row.
+Triton reaches, or CUDA where it was chosen, `plain` elsewhere. Kept for backward are x, the
+parameters, and two numbers a row.
 """
 
 from __future__ import annotations
