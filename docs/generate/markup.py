@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_BAR = re.compile(r"(`[^`]*`)|\|")
 _PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -19,7 +20,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence
 
 def _cell(value: Any) -> str:
     text = f"{value:,}" if isinstance(value, int) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _BAR.sub(lambda found: found[0] if found[1] else "\\|", text.replace("\n", " "))
 
 
 def code(value: Any) -> str:
@@ -30,6 +31,15 @@ def code(value: Any) -> str:
 def block(text: str, language: str = "text") -> str:
     """Something as it is typed, on lines of its own."""
     return f"```{language}\n{text.strip()}\n```"
+
+
+def runnable(example: str) -> str:
+    """An example with the imports that it takes for granted."""
+    names = {"torch": "import torch", "transformers": "import transformers"}
+    lines = [line for name, line in names.items() if f"{name}." in example]
+    own, _, body = example.partition("\n\n") if example.startswith("from ") else ("", "", example)
+    parts = ("\n".join(lines), f"import mmadapt as mm\n{own}".strip(), body)
+    return "\n\n".join(part for part in parts if part)
 
 
 def linked(text: str) -> str:

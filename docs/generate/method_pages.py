@@ -68,7 +68,7 @@ def _parts(cls: type[Adapter]) -> Iterator[str]:
         yield "## Formula"
         yield from formula(cls)
     yield "## Example"
-    yield md.block(example(cls), "python")
+    yield md.block(md.runnable(example(cls)), "python")
     yield "## How it works"
     yield from (md.shown(part) for part in rest if not _is_example(part))
     yield "## Sites"

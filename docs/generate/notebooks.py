@@ -5,12 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+#: nbconvert's Markdown, with what cells print in blocks that can be told from code
+TEMPLATE = """\
+{%- extends "markdown/index.md.j2" -%}
+{%- block stream -%}
+``` {.text .output}
+{{ output.text.rstrip() | strip_ansi }}
+```
+{% endblock stream -%}
+{%- block data_text scoped -%}
+``` {.text .output}
+{{ output.data["text/plain"].rstrip() }}
+```
+{% endblock data_text -%}
+"""
+
 
 @dataclass
 class Notebook:
     """A notebook as Markdown, with the pictures in its outputs by their place in the site."""
 
-    title: str
     text: str
     pictures: dict[str, bytes]
 
@@ -21,10 +35,9 @@ def read(path: Path, place: str) -> Notebook:
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(path, as_version=4)
-    folder = f"{path.stem}_files"
-    resources = {"output_files_dir": folder, "unique_key": "output"}
-    text, found = MarkdownExporter().from_notebook_node(notebook, resources=resources)
-    title = next(line for line in text.splitlines() if line.startswith("# "))[2:]
+    resources = {"output_files_dir": f"{path.stem}_files", "unique_key": "output"}
+    exporter = MarkdownExporter(raw_template=TEMPLATE)
+    text, found = exporter.from_notebook_node(notebook, resources=resources)
     here = place.rpartition("/")[0]
     pictures = {f"{here}/{name}": content for name, content in found["outputs"].items()}
-    return Notebook(title, text, pictures)
+    return Notebook(text, pictures)
