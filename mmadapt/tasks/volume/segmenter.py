@@ -59,6 +59,19 @@ class VolumeSegmenter:
         self.mask = logits[0] > 0
         return self.mask
 
+    def undo(self) -> None:
+        """Take back the last click, and answer the others anew; nothing where there was none."""
+        points, labels = self.points, self.labels
+        if len(points) < 2:
+            self.forget()
+            return
+        self.points, self.labels = points[:-2], labels[:-2]
+        try:
+            self.click(points[-2], labels[-2])
+        except BaseException:
+            self.points, self.labels = points, labels
+            raise
+
     def box(self, box: Any) -> None:
         """Refused: this method was published with clicks alone."""
         raise DataError(
@@ -89,7 +102,6 @@ class VolumeSegmenter:
         return self.volume.back(self.mask)
 
     def forget(self) -> None:
-        """Take back every click, and encode anew what comes."""
+        """Take back every click; encoded windows stay."""
         self.points, self.labels = [], []
         self.mask = numpy.zeros(self.volume.size, bool)
-        self._clicked = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -12,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapt.errors import DataError
-from mmadapt.tasks.segment.inputs import acting, input_of
-from mmadapt.tasks.segment.model import looks_along_depth
-from mmadapt.tasks.segment.segmenter import Encoded, Segmenter
+from mmadapt.tasks.segment.segmenter import Segmenter
+from mmadapt.tasks.volume.encoded import EncodedSlices
 from mmadapt.tasks.volume.prompts import (
     Box,
+    Point,
     check_box,
     check_mask,
     check_points,
@@ -26,10 +28,8 @@ from mmadapt.tasks.volume.prompts import (
 from mmadapt.tasks.volume.trained import as_trained
 from mmadapt.tasks.volume.volume import Volume
 
-#: encoded slices that are kept for the next click
-KEPT = 64
-#: slices encoded together for adapters that look along the depth and do not say how many they saw
-TOGETHER = 12
+#: steps that can be taken back
+STEPS = 50
 
 
 @dataclass
@@ -39,6 +39,17 @@ class _Asked:
     points: list[tuple[float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
+
+    def copy(self) -> _Asked:
+        return replace(self, points=list(self.points), labels=list(self.labels))
+
+
+@dataclass
+class _Before:
+    """The study before one step: its prompts, and of the slices that may change what they held."""
+
+    prompts: tuple[list[Point], list[int], list[Box]]
+    slices: dict[int, tuple[_Asked | None, numpy.ndarray, Tensor | None]]
 
 
 class SliceSegmenter:
@@ -50,14 +61,13 @@ class SliceSegmenter:
         study.propagate()                       # both ways, until the object ends
         study.click((44, 130, 90), label=0)     # beside it: this slice is corrected
         study.propagate()                       # and its neighbours follow
+        study.undo()                            # the last step never was
         save_mask("liver.nii.gz", study.mask, ct)
 
-    A slice is encoded once, the `KEPT` last ones are remembered. For adapters that look along the
-    depth slices are encoded in stacks of as many as they were trained with (`segment.set_input(model,
-    depth=…)`, else `TOGETHER`), each stack beginning in the middle of the one before, and a slice is
-    taken from the stack in which it has most neighbours. The volume has one channel of 0 to 1, as
+    A slice is encoded once (`EncodedSlices`). The volume has one channel of 0 to 1, as
     `Volume.window` gives, or the scanner's values where the adapters say what window they were trained
-    with. Slices along another axis: `volume.oriented("SAR")` and the like.
+    with. Slices along another axis: `volume.oriented("SAR")` and the like. `points` with their `labels`
+    and `boxes` are what was asked so far, in the original image. A step that is refused changes nothing.
     """
 
     def __init__(self, model: Any, volume: Volume) -> None:
@@ -66,10 +76,13 @@ class SliceSegmenter:
         if len(volume.array) != 1:
             raise DataError(f"{volume.name} has {len(volume.array)} channels, expected one")
         self.mask = numpy.zeros(volume.size, bool)
+        self.points: list[Point] = []
+        self.labels: list[int] = []
+        self.boxes: list[Box] = []
+        self._steps: deque[_Before] = deque(maxlen=STEPS)
         self._asked: dict[int, _Asked] = {}
         self._low: dict[int, Tensor] = {}
-        self._encoded: OrderedDict[int, Encoded] = OrderedDict()
-        self._by = acting(self.segmenter.model)  # the adapters that encoded them
+        self._encoded = EncodedSlices(self.segmenter, self.volume)
 
     @property
     def prompted(self) -> list[int]:
@@ -91,22 +104,25 @@ class SliceSegmenter:
                 f"{self.volume.size} voxels that was kept",
                 "crop less",
             )
-        asked = self._asked.setdefault(place, _Asked())
-        asked.points.append((float(x.clip(0, width - 1)), float(y.clip(0, height - 1))))
-        asked.labels.append(int(kinds[0]))
-        return self._answer(place)
+        with self._step([place]):
+            self.points.append(Point(*map(float, found[0])))
+            self.labels.append(int(kinds[0]))
+            asked = self._asked.setdefault(place, _Asked())
+            asked.points.append((float(x.clip(0, width - 1)), float(y.clip(0, height - 1))))
+            asked.labels.append(int(kinds[0]))
+            return self._answer(place)
 
     def box(self, box: Any) -> None:
         """A box (z1, y1, x1, z2, y2, x2) in the original image: each slice in it is asked for."""
-        own = moved_box(
-            check_box(box, self.volume.original), self.volume.original, self.volume.grid
-        )
-        around = _around(own, self.volume.size)
-        for place in range(
-            self._slice(own.z1), max(self._slice(own.z2 - 1), self._slice(own.z1)) + 1
-        ):
-            self._asked.setdefault(place, _Asked()).box = around
-            self._answer(place)
+        found = check_box(box, self.volume.original)
+        own = moved_box(found, self.volume.original, self.volume.grid)
+        around, first = _around(own, self.volume.size), self._slice(own.z1)
+        places = range(first, max(self._slice(own.z2 - 1), first) + 1)
+        with self._step(places):
+            self.boxes = [kept for kept in self.boxes if kept[::3] != found[::3]] + [found]
+            for place in places:
+                self._asked.setdefault(place, _Asked()).box = around
+                self._answer(place)
 
     def draw(self, mask: Any) -> None:
         """A mask bool (D, H, W) on the original grid: its slices are taken as they were drawn.
@@ -120,10 +136,11 @@ class SliceSegmenter:
                 "the mask holds no voxel of this volume",
                 "draw on a slice of the part that was kept",
             )
-        for place in map(int, drawn):
-            self._asked.setdefault(place, _Asked())
-            self.mask[place] = own[place]
-            self._low[place] = self._as_low(own[place])
+        with self._step(map(int, drawn)):
+            for place in map(int, drawn):
+                self._asked.setdefault(place, _Asked())
+                self.mask[place] = own[place]
+                self._low[place] = self._as_low(own[place])
 
     def propagate(self, reach: int | None = None, margin: int = 1) -> numpy.ndarray:
         """Carry the answers to the slices between and beyond the prompted ones; the mask, bool.
@@ -136,25 +153,61 @@ class SliceSegmenter:
             raise DataError(
                 "no slice has a prompt yet", "click((z, y, x)), box(…) or draw(mask) first"
             )
-        kept = {place: self.mask[place].copy() for place in self._asked}
-        self.mask[:] = False
-        self._low = {place: low for place, low in self._low.items() if place in kept}
-        for place, own in kept.items():
-            self.mask[place] = own
-        for place in kept:
-            for direction in (-1, 1):
-                self._walk(place, direction, self._reach(place, direction, reach), margin)
+        with self._step(range(len(self.mask))):
+            others = [place for place in range(len(self.mask)) if place not in self._asked]
+            self.mask[others] = False
+            self._low = {place: low for place, low in self._low.items() if place in self._asked}
+            for place in self._asked:
+                for direction in (-1, 1):
+                    self._walk(place, direction, self._reach(place, direction, reach), margin)
         return self.mask
 
     def on_original(self) -> numpy.ndarray:
         """The mask, bool (D, H, W), on the original grid."""
         return self.volume.back(self.mask)
 
+    def undo(self) -> None:
+        """Take back the last click, box, drawing or propagation; nothing where there was none."""
+        if self._steps:
+            self._restore(self._steps.pop())
+
     def forget(self) -> None:
         """Take back every prompt; encoded slices stay."""
+        self.points, self.labels, self.boxes = [], [], []
+        self._steps.clear()
         self._asked.clear()
         self._low.clear()
         self.mask[:] = False
+
+    @contextmanager
+    def _step(self, places: Iterable[int]) -> Iterator[None]:
+        """Something done to these slices, which is taken back if it fails, and by `undo`."""
+        slices = {
+            place: (
+                self._asked[place].copy() if place in self._asked else None,
+                numpy.packbits(self.mask[place]),
+                self._low.get(place),
+            )
+            for place in places
+        }
+        before = _Before((list(self.points), list(self.labels), list(self.boxes)), slices)
+        try:
+            yield
+        except BaseException:
+            self._restore(before)
+            raise
+        self._steps.append(before)
+
+    def _restore(self, before: _Before) -> None:
+        self.points, self.labels, self.boxes = before.prompts
+        shape = self.mask.shape[1:]
+        for place, (asked, bits, low) in before.slices.items():
+            self.mask[place] = numpy.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape)
+            for kept, value in ((self._asked, asked), (self._low, low)):
+                if value is None:
+                    kept.pop(place, None)
+                else:
+                    kept[place] = value  # type: ignore[index]
 
     def _reach(self, place: int, direction: int, reach: int | None) -> int:
         """How many slices a walk may go."""
@@ -187,7 +240,7 @@ class SliceSegmenter:
         return self.mask[place]
 
     def _take(self, place: int, **prompt: Any) -> None:
-        answer = self.segmenter.predict(self._encode(place), **prompt)
+        answer = self.segmenter.predict(self._encoded.of(place), **prompt)
         self.mask[place] = answer.masks[0].cpu().numpy()
         self._low[place] = answer.low[0]
 
@@ -199,43 +252,6 @@ class SliceSegmenter:
         small = F.interpolate(drawn, (height, width), mode="bilinear", antialias=True)
         return F.pad(small, (0, side - width, 0, side - height), value=-10.0)[0, 0]
 
-    def _encode(self, place: int) -> Encoded:
-        now = acting(self.segmenter.model)
-        if now != self._by:  # switched since: what others encoded means nothing to these
-            self._encoded.clear()
-            self._by = now
-        if place not in self._encoded:
-            if looks_along_depth(self.segmenter.model):
-                self._encode_stack(place)
-            else:
-                self._encoded[place] = self.segmenter.encode(self._grey(place), grey=True)
-        self._encoded.move_to_end(place)
-        while len(self._encoded) > KEPT:
-            self._encoded.popitem(last=False)
-        return self._encoded[place]
-
-    def _encode_stack(self, place: int) -> None:
-        """Encode the stack of `place`, and remember the slices that belong to that stack."""
-        depth = self.volume.size[0]
-        length = min(depth, input_of(self.segmenter.model).depth or TOGETHER)
-        start = _stack_of(place, depth, length)
-        slices = numpy.stack([self._grey(z) for z in range(start, start + length)])
-        stack = self.segmenter.encode_stack(slices, grey=True)
-        for z, own in enumerate(stack.embedding.split(1), start):
-            if _stack_of(z, depth, length) == start:
-                self._encoded[z] = Encoded(own, stack.size, stack.resized)
-
-    def _grey(self, place: int) -> numpy.ndarray:
-        values = numpy.asarray(self.volume.array[0, place])
-        if values.min() < 0 or values.max() > 1:
-            raise DataError(
-                f"{self.volume.name} holds values from {values.min():g} to {values.max():g} in "
-                f"slice {place}, expected 0 to 1",
-                'bring a range of values there first: volume.window("ct abdomen"), "mr", or two '
-                "numbers",
-            )
-        return numpy.rint(values * 255).astype(numpy.uint8)
-
     def _slice(self, z: float) -> int:
         return int(numpy.clip(numpy.floor(z + 0.5), 0, self.volume.size[0] - 1))
 
@@ -246,12 +262,6 @@ def _largest_part(mask: numpy.ndarray) -> numpy.ndarray:
 
     marked, count = label(mask)  # type: ignore[misc]
     return mask if count < 2 else marked == numpy.bincount(marked.ravel())[1:].argmax() + 1
-
-
-def _stack_of(place: int, depth: int, length: int) -> int:
-    """Where the stack of `length` slices begins in which slice `place` is nearest to the middle."""
-    starts = [*range(0, depth - length, max(1, length // 2)), depth - length]
-    return min(starts, key=lambda start: abs(start + (length - 1) / 2 - place))
 
 
 def _around(box: Box, size: tuple[int, int, int]) -> tuple[float, float, float, float]:
