@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,34 +95,40 @@ class SliceSegmenter:
         The model gets all clicks on that slice, and what it or the propagation answered there before.
         """
         found, kinds = check_points(point, [label], self.volume.original)
-        z, y, x = moved_points(found, self.volume.original, self.volume.grid)[0]
-        place = self._slice(z)
-        height, width = self.volume.size[1:]
-        if not (-0.5 <= y <= height - 0.5 and -0.5 <= x <= width - 0.5):
-            raise DataError(
-                f"the click lies at ({z:.1f}, {y:.1f}, {x:.1f}), outside of the part of "
-                f"{self.volume.size} voxels that was kept",
-                "crop less",
-            )
+        place, at = self._on_slice(found)
         with self._step([place]):
-            self.points.append(Point(*map(float, found[0])))
-            self.labels.append(int(kinds[0]))
-            asked = self._asked.setdefault(place, _Asked())
-            asked.points.append((float(x.clip(0, width - 1)), float(y.clip(0, height - 1))))
-            asked.labels.append(int(kinds[0]))
-            return self._answer(place)
+            self._click(place, at, found, int(kinds[0]))
+        return self.mask[place]
 
     def box(self, box: Any) -> None:
         """A box (z1, y1, x1, z2, y2, x2) in the original image: each slice in it is asked for."""
         found = check_box(box, self.volume.original)
-        own = moved_box(found, self.volume.original, self.volume.grid)
-        around, first = _around(own, self.volume.size), self._slice(own.z1)
-        places = range(first, max(self._slice(own.z2 - 1), first) + 1)
-        with self._step(places):
-            self.boxes = [kept for kept in self.boxes if kept[::3] != found[::3]] + [found]
-            for place in places:
-                self._asked.setdefault(place, _Asked()).box = around
-                self._answer(place)
+        with self._step(self._slices_of(found)):
+            self._box(found)
+
+    def ask(
+        self, points: Sequence[Any] = (), labels: Sequence[int] | None = None, boxes: Any = ()
+    ) -> numpy.ndarray:
+        """Put these prompts in the place of all others, of drawings too; the mask, bool.
+
+        Labels are 1 where none are given. The other slices are empty until `propagate`.
+        """
+        grid, clicks = self.volume.original, []
+        if len(points) or labels:
+            kinds = [1] * len(points) if labels is None else labels
+            found, given = check_points(points, kinds, grid)
+            clicks = [(*self._on_slice(p[None]), p[None], int(k)) for p, k in zip(found, given, strict=True)]  # fmt: skip
+        around = [check_box(box, grid) for box in boxes]
+        with self._step(range(len(self.mask))):
+            self.points, self.labels, self.boxes = [], [], []
+            self._asked.clear()
+            self._low.clear()
+            self.mask[:] = False
+            for own in around:
+                self._box(own)
+            for click in clicks:
+                self._click(*click)
+        return self.mask
 
     def draw(self, mask: Any) -> None:
         """A mask bool (D, H, W) on the original grid: its slices are taken as they were drawn.
@@ -179,6 +185,39 @@ class SliceSegmenter:
         self._low.clear()
         self.mask[:] = False
 
+    def _on_slice(self, point: numpy.ndarray) -> tuple[int, tuple[float, float]]:
+        """The slice of a point (1, 3) of the original image, and (x, y) there."""
+        z, y, x = moved_points(point, self.volume.original, self.volume.grid)[0]
+        height, width = self.volume.size[1:]
+        if not (-0.5 <= y <= height - 0.5 and -0.5 <= x <= width - 0.5):
+            raise DataError(
+                f"the click lies at ({z:.1f}, {y:.1f}, {x:.1f}), outside of the part of "
+                f"{self.volume.size} voxels that was kept",
+                "crop less",
+            )
+        return self._slice(z), (float(x.clip(0, width - 1)), float(y.clip(0, height - 1)))
+
+    def _click(self, place: int, at: tuple[float, float], point: numpy.ndarray, label: int) -> None:
+        self.points.append(Point(*map(float, point[0])))
+        self.labels.append(label)
+        asked = self._asked.setdefault(place, _Asked())
+        asked.points.append(at)
+        asked.labels.append(label)
+        self._answer(place)
+
+    def _slices_of(self, box: Box) -> range:
+        own = moved_box(box, self.volume.original, self.volume.grid)
+        first = self._slice(own.z1)
+        return range(first, max(self._slice(own.z2 - 1), first) + 1)
+
+    def _box(self, box: Box) -> None:
+        """One box for the slices it reaches, in the place of another of the same slices."""
+        self.boxes = [kept for kept in self.boxes if kept[::3] != box[::3]] + [box]
+        own = moved_box(box, self.volume.original, self.volume.grid)
+        for place in self._slices_of(box):
+            self._asked.setdefault(place, _Asked()).box = _around(own, self.volume.size)
+            self._answer(place)
+
     @contextmanager
     def _step(self, places: Iterable[int]) -> Iterator[None]:
         """Something done to these slices, which is taken back if it fails, and by `undo`."""
@@ -228,7 +267,7 @@ class SliceSegmenter:
             box = Box(0, rows[0] - margin, columns[0] - margin, 1, rows[-1] + 1 + margin, columns[-1] + 1 + margin)  # fmt: skip
             self._take(place, box=_around(box, self.volume.size))
 
-    def _answer(self, place: int) -> numpy.ndarray:
+    def _answer(self, place: int) -> None:
         asked = self._asked[place]
         self._take(
             place,
@@ -237,7 +276,6 @@ class SliceSegmenter:
             box=asked.box,
             mask=self._low.get(place),
         )
-        return self.mask[place]
 
     def _take(self, place: int, **prompt: Any) -> None:
         answer = self.segmenter.predict(self._encoded.of(place), **prompt)
