@@ -41,11 +41,15 @@ class Canvas:
         self.view = view
         self.widget = _widget_class()()
         self.widget.on_msg(view.handler(self._received))
-        self._sent: dict[int, Any] = {}
+        self._sent: dict[int, Any] | None = (
+            None  # the picture of each plane; None before a page is there
+        )
         self._answers: str | None = None
 
     def refresh(self) -> None:
         """Send masks, and of the pictures those that changed."""
+        if self._sent is None:
+            return
         scene, planes, buffers = self.view.scene, [], []
         for plane in range(scene.planes):
             shown = scene.show(plane)
@@ -80,7 +84,7 @@ class Canvas:
     def _do(self, content: dict[str, Any]) -> None:
         view, scene, kind = self.view, self.view.scene, content.get("kind")
         steps = {
-            "ready": self._sent.clear,
+            "ready": self._begin,
             "scroll": lambda: scene.scroll(content["plane"], content["slice"]),
             "click": lambda: self._prompt(content, "click", 0 if view.beside else content["label"]),
             "box": lambda: self._prompt(content, "box"),
@@ -89,6 +93,9 @@ class Canvas:
         if kind not in steps:
             raise DataError(f"the page sent {content!r}, which means nothing here")
         view.change(steps[kind])
+
+    def _begin(self) -> None:
+        self._sent = {}
 
     def _prompt(self, content: dict[str, Any], kind: str, *label: int) -> None:
         scene, plane = self.view.scene, content["plane"]
