@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 import pytest
+from test_volume_clicked import adapted, wide
 
 import mmadapt as mm
 from mmadapt.errors import BackboneError, DataError
@@ -339,19 +340,16 @@ def test_a_study_is_shown_as_it_is(scan: Any, sam: Any) -> None:
 
 
 def test_a_sam_of_volumes_is_clicked_and_takes_no_boxes(page: Any) -> None:
-    model: Any = mm.load("tiny/sam")
-    mm.attach(model, mm.ThreeDSAM(), seed=0)
-    values = numpy.random.default_rng(0).random((16, 64, 64))
-    volume = Volume(values, numpy.eye(4))
+    model, volume = adapted(), wide()
     with pytest.raises(DataError, match="VolumeSegmenter"):
         mm.ui.segment(model, volume)
-    own = page(VolumeSegmenter(model, volume, (16, 64, 64)))
-    own.send(kind="click", plane=0, at=[30, 20], label=1, slice=8)
+    own = page(VolumeSegmenter(model, volume, (8, 8, 8)))
+    own.send(kind="click", plane=0, at=[9, 10], label=1, slice=10)
     assert own.view.error is None and len(own.view.points) == 1
     own.send(kind="box", plane=0, corners=[[3, 3], [9, 9]], slice=8)
     assert isinstance(own.view.error, DataError) and own.view.boxes == []
     with pytest.raises(DataError, match="takes clicks alone"):
-        own.view.mask = values > 0.5
+        own.view.mask = volume.array[0] > 0.5
     with pytest.raises(DataError, match="only a SliceSegmenter"):
         own.view.propagate()
 

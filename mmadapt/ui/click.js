@@ -1,7 +1,7 @@
 // Flat pictures with a mask: tells Python of clicks, boxes and scrolled slices, and draws what it sends.
 // Python keeps all state; a view that is drawn anew asks for everything ("ready").
 
-const MASK = 0x009fe6; // #E69F00 as blue, green, red: the first colour of the figures
+const MASK = 0xff009fe6; // #E69F00 as alpha, blue, green, red: the first colour of the figures
 const DRAG = 4; // CSS pixels; what moves less is a click
 
 function element(kind, name, parent) {
@@ -11,41 +11,49 @@ function element(kind, name, parent) {
   return made;
 }
 
+/** A drawing of its own. */
+function sheet(width, height) {
+  return Object.assign(document.createElement("canvas"), { width, height }).getContext("2d");
+}
+
 /** A canvas whose pixels, alpha blue green red, a function fills from bytes. */
 function painted(view, { width, height }, fill) {
-  const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  const image = new ImageData(width, height);
+  const [context, image] = [sheet(width, height), new ImageData(width, height)];
   fill(new Uint8Array(view.buffer, view.byteOffset, view.byteLength), new Uint32Array(image.data.buffer));
-  canvas.getContext("2d").putImageData(image, 0, 0);
-  return canvas;
+  context.putImageData(image, 0, 0);
+  return context.canvas;
 }
 
 /** Pixels of one or three channels. */
 function pictured(view, info) {
-  const [green, blue] = info.channels === 1 ? [0, 0] : [1, 2];
+  const [step, green, blue] = info.channels === 1 ? [1, 0, 0] : [3, 1, 2];
   return painted(view, info, (bytes, words) => {
-    for (let i = 0, j = 0; i < words.length; i++, j += info.channels)
+    for (let i = 0, j = 0; i < words.length; i++, j += step)
       words[i] = 0xff000000 | (bytes[j + blue] << 16) | (bytes[j + green] << 8) | bytes[j];
   });
 }
 
-/** Packed bits, rows padded to whole bytes, as a tint with an opaque edge. */
+/** Packed bits, rows padded to whole bytes. */
 function masked(view, info) {
-  const { width, height } = info;
-  const stride = (width + 7) >> 3;
+  const stride = (info.width + 7) >> 3;
   return painted(view, info, (bits, words) => {
-    const on = (x, y) => x >= 0 && y >= 0 && x < width && y < height
-      && (bits[y * stride + (x >> 3)] >> (7 - (x & 7))) & 1;
-    for (let y = 0; y < height; y++) {
-      for (let x = 0; x < width; x++) {
-        if (!(x & 7) && !bits[y * stride + (x >> 3)]) x += 7; // eight empty pixels
-        else if (on(x, y)) {
-          const inside = on(x - 1, y) && on(x + 1, y) && on(x, y - 1) && on(x, y + 1);
-          words[y * width + x] = (inside ? 0x66000000 : 0xff000000) | MASK;
-        }
-      }
-    }
+    for (let y = 0, i = 0; y < info.height; y++)
+      for (let x = 0; x < info.width; x++, i++)
+        if ((bits[y * stride + (x >> 3)] >> (7 - (x & 7))) & 1) words[i] = MASK;
   });
+}
+
+/** A mask as a tint with a rim, as wide on the screen whatever the size of a pixel. */
+function tinted(context, mask, w, h, width) {
+  const rim = sheet(w, h);
+  rim.imageSmoothingEnabled = false;
+  for (let i = 0; i < 8; i++) rim.drawImage(mask, width * Math.cos(i * 0.785), width * Math.sin(i * 0.785), w, h);
+  rim.globalCompositeOperation = "destination-out";
+  rim.drawImage(mask, 0, 0, w, h);
+  context.globalAlpha = 0.4;
+  context.drawImage(mask, 0, 0, w, h);
+  context.globalAlpha = 1;
+  context.drawImage(rim.canvas, 0, 0);
 }
 
 /** Lines of points, twice, dark below and light above, to be seen on anything. */
@@ -71,22 +79,21 @@ function draw({ canvas, info, picture, mask, drag }) {
   const context = canvas.getContext("2d");
   const at = (x, y) => [((x + 0.5) * w) / info.width, ((y + 0.5) * h) / info.height];
   context.imageSmoothingEnabled = w < info.width;
-  for (const layer of [picture, mask]) context.drawImage(layer, 0, 0, w, h);
+  context.drawImage(picture, 0, 0, w, h);
+  context.imageSmoothingEnabled = false;
+  tinted(context, mask, w, h, 1.5 * scale);
   if (info.cross) {
-    const [[x, y], gap] = [at(...info.cross), 12 * scale];
+    const [x, y] = at(...info.cross);
     context.globalAlpha = 0.4;
-    stroked(context, scale / 2, [[[0, y], [x - gap, y]], [[x + gap, y], [w, y]],
-      [[x, 0], [x, y - gap]], [[x, y + gap], [x, h]]]);
+    stroked(context, scale / 2, [[[0, y], [w, y]], [[x, 0], [x, h]]]);
     context.globalAlpha = 1;
   }
   for (const [x1, y1, x2, y2] of drag?.to ? [[...drag.from, ...drag.to]] : info.boxes) {
     stroked(context, scale, [[at(x1, y1), at(x2, y1), at(x2, y2), at(x1, y2), at(x1, y1)]], [5, 4]);
   }
   for (const [px, py, label] of info.points) {
-    const [[x, y], r] = [at(px, py), (label ? 8 : 6) * scale];
-    stroked(context, scale, label
-      ? [[[x - r, y], [x + r, y]], [[x, y - r], [x, y + r]]]
-      : [[[x - r, y - r], [x + r, y + r]], [[x - r, y + r], [x + r, y - r]]]);
+    const [[x, y], r, s] = [at(px, py), (label ? 8 : 6) * scale, label ? 0 : 6 * scale]; // a plus, or a cross
+    stroked(context, scale, [[[x - r, y - s], [x + r, y + s]], [[x + s, y - r], [x - s, y + r]]]);
   }
   Object.assign(context, { font: `bold ${13 * scale}px sans-serif`, textAlign: "center", textBaseline: "middle" });
   Object.assign(context, { fillStyle: "#fff", shadowColor: "#000", shadowBlur: 3 * scale });
@@ -95,10 +102,9 @@ function draw({ canvas, info, picture, mask, drag }) {
   canvas.dataset.drawn = Number(canvas.dataset.drawn ?? 0) + 1;
 }
 
-function render({ model, el }) {
+export default { render({ model, el }) {
   const root = element("div", "click", el);
-  const panes = [];
-  const queue = [];
+  const [panes, queue] = [[], []];
   let asked = null; // the request in flight, by a name no other view gives
 
   // one request at a time; of slices scrolled past only the last is asked for
@@ -135,9 +141,8 @@ function render({ model, el }) {
       return [within((clientX - left) / width, own.info.width), within((clientY - top) / height, own.info.height)];
     };
     canvas.onpointerdown = (event) => {
-      if (event.button === 1) return;
       canvas.setPointerCapture(event.pointerId);
-      own.drag = { from: place(event), start: [event.clientX, event.clientY], to: null };
+      own.drag = event.button === 1 ? null : { from: place(event), start: [event.clientX, event.clientY], to: null };
     };
     canvas.onpointermove = (event) => {
       const [x, y] = own.drag?.start ?? [event.clientX, event.clientY];
@@ -154,17 +159,15 @@ function render({ model, el }) {
     };
     canvas.onpointercancel = () => { own.drag = null; draw(own); };
     canvas.oncontextmenu = (event) => { event.preventDefault(); event.stopPropagation(); };
-    canvas.onwheel = (event) => {
-      if (own.info.slices < 2 || !event.deltaY) return;
+    const turn = (event, step) => {
+      if (!step || own.info.slices < 2) return;
       event.preventDefault();
-      scroll(own.target + Math.sign(event.deltaY));
+      scroll(own.target + step);
     };
+    canvas.onwheel = (event) => turn(event, Math.sign(event.deltaY));
     canvas.onkeydown = (event) => {
-      const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key];
       if (event.key === "Backspace") ask({ kind: "undo" });
-      else if (step && own.info.slices > 1) scroll(own.target + step);
-      else return;
-      event.preventDefault();
+      else turn(event, { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key]);
     };
     resized.observe(canvas);
     return own;
@@ -182,8 +185,7 @@ function render({ model, el }) {
       own.canvas.ariaLabel = `${info.title} ${info.points.length} clicks`;
       own.title.textContent = info.title;
       Object.assign(own.slider, { hidden: info.slices < 2, max: info.slices - 1 });
-      const later = queue.some(({ kind, plane }) => kind === "scroll" && plane === info.plane);
-      if (!later) own.target = own.slider.value = info.slice;
+      if (!queue.some(({ plane }) => plane === info.plane)) own.target = own.slider.value = info.slice;
       draw(own);
     }
     if (!planes.length) panes.forEach(draw); // refused: a box that was dragged goes
@@ -194,6 +196,4 @@ function render({ model, el }) {
   model.on("msg:custom", received);
   ask({ kind: "ready" });
   return () => { model.off("msg:custom", received); resized.disconnect(); };
-}
-
-export default { render };
+} };
