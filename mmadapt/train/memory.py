@@ -40,8 +40,8 @@ def out_of_memory(
         )
     if autocast is None:
         ways.append("autocast=torch.bfloat16 halves most of it")
-    if hasattr(model, "gradient_checkpointing_enable"):
-        ways.append("model.gradient_checkpointing_enable() trades it for time")
+    if hasattr(model, "activation_checkpointing_enable"):
+        ways.append("model.activation_checkpointing_enable() trades it for time")
     bank = bank_of(model)
     acting = [name for name, hook in bank.hooks.items() if hook.plan] if bank else []
     if len(acting) > 1:
