@@ -60,6 +60,8 @@ class SpoiledLayer(Layer):
         change = acc * self.scale
         if self.how == "silent":
             change = 0 * change
+        elif self.how == "nan":
+            change = change * float("nan")
         elif self.how == "writes":
             site.module.bias.data.add_(1.0)
         elif self.how == "counts":
@@ -107,6 +109,7 @@ def test_a_sound_method_keeps_every_law(adapter: mm.Adapter) -> None:
     ("how", "law", "seen"),
     [
         ("start", "starts as the identity", "the start is off by .*e-07 of the largest value"),
+        ("nan", "starts as the identity", "the start is off by inf"),
         ("silent", "acts once it has learned", "the outputs are the backbone's"),
         ("global", "draws from its own generator only", "moved torch's random state"),
         ("writes", "leaves the backbone untouched", "3 tensors of the backbone changed"),

@@ -10,7 +10,6 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from mmadapt.adapter import Adapter, adapters, from_json
 from mmadapt.core.attach import attach, attachments, detach, disabled, set_active
-from mmadapt.core.backbone import Backbone, unwrap, unwrap_model
+from mmadapt.core.backbone import Backbone, unwrap
 from mmadapt.core.bank import BANK, bank_of
-from mmadapt.core.check import call, tensors_in, total
+from mmadapt.core.check import tensors_in, total
 from mmadapt.core.merge import merge, unmerge
 from mmadapt.core.snapshot import changed, distance, hook_tables, randomise, state, values
 from mmadapt.core.store import load_adapter, save
+from mmadapt.core.subject import Broken, Outputs, Subject, require_difference, require_equal
 from mmadapt.core.table import Table
 from mmadapt.errors import AdapterError, CheckError, MergeError
 
-Outputs = tuple[Tensor, ...]
 _UNPICKLABLE = (pickle.PicklingError, AttributeError, RuntimeError, TypeError)
-
-
-class _Broken(Exception):
-    """A law does not hold; the text says what was seen."""
 
 
 def verify(m: Any, adapter: Adapter, batch: Any, at: str | Sequence[str] | None) -> Table:
@@ -54,13 +49,13 @@ def verify(m: Any, adapter: Adapter, batch: Any, at: str | Sequence[str] | None)
     bare = copy.deepcopy(model)
     if bank_of(bare) is not None:
         detach(bare)
-    subject = _Subject(Backbone(bare.eval(), anatomy=anatomy, entry=entry), adapter, at, batch)
+    subject = Subject(Backbone(bare.eval(), anatomy=anatomy, entry=entry), adapter, at, batch)
     table = Table(("law", "verdict"))
     broken = []
     for law, holds in LAWS.items():
         try:
             table.rows.append((law, holds(subject) or "holds"))
-        except _Broken as seen:
+        except Broken as seen:
             broken.append(f"{law}: {seen}")
     if broken:
         raise CheckError(
@@ -72,92 +67,45 @@ def verify(m: Any, adapter: Adapter, batch: Any, at: str | Sequence[str] | None)
     return table
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """One adapter on one backbone, of which every law takes copies."""
-
-    backbone: Backbone
-    adapter: Adapter
-    at: Any
-    batch: Any
-
-    def fresh(self) -> Backbone:
-        bare = self.backbone
-        return Backbone(copy.deepcopy(bare.model), anatomy=bare.anatomy, entry=bare.entry)
-
-    def frozen(self) -> Backbone:
-        """The bare backbone in the flags it has while something is attached."""
-        bare = self.fresh()
-        bare.model.requires_grad_(False)
-        return bare
-
-    def attached(self, name: str = "law", seed: int | None = None) -> tuple[Backbone, Any]:
-        """A copy with the adapter at its sites, as it starts."""
-        m = self.fresh()
-        return m, attach(m, self.adapter, name, at=self.at, seed=seed)
-
-    def acting(self, name: str = "law", seed: int = 5) -> tuple[Backbone, Any]:
-        """The same with random tensors, so that an equality proves something."""
-        m, attachment = self.attached(name)
-        return m, randomise(attachment, seed=seed)
-
-    def outputs(self, m: Any, batch: Any = None) -> Outputs:
-        """Every floating tensor the model returns."""
-        found = call(unwrap_model(m), self.batch if batch is None else batch)
-        return tuple(t for t in tensors_in(found) if t.is_floating_point())
-
-    def quietly(self, m: Any, batch: Any = None) -> Outputs:
-        with torch.no_grad():
-            return self.outputs(m, batch)
-
-
-def _equal(left: Outputs, right: Outputs, what: str, relative: float = 0.0) -> None:
-    found = distance(left, right)
-    if not found <= relative:
-        bound = f", allowed is {relative:.0e}" if relative else ""
-        raise _Broken(f"{what} by {found:.1e} of the largest value{bound}")
-
-
-def _differ(left: Outputs, right: Outputs, what: str) -> None:
-    if distance(left, right) < 1e-4:
-        raise _Broken(f"{what}, so that nothing could be proven")
-
-
 # -- the laws -----------------------------------------------------------------------------------
 
 
-def _identity(subject: _Subject) -> str:
+def _identity(subject: Subject) -> str:
     m, _ = subject.attached()
     bare = subject.frozen()
     if not subject.adapter.starts_as_identity():
-        _differ(subject.quietly(m), subject.quietly(bare), "it declares a start that it has not")
+        require_difference(
+            subject.quietly(m), subject.quietly(bare), "it declares a start that it has not"
+        )
         return f"declared: {subject.adapter.not_identity}"
-    _equal(subject.quietly(m), subject.quietly(bare), "the start is off")
-    _equal(subject.outputs(m), subject.outputs(bare), "the start with gradients is off", 1e-5)
+    require_equal(subject.quietly(m), subject.quietly(bare), "the start is off")
+    require_equal(
+        subject.outputs(m), subject.outputs(bare), "the start with gradients is off", 1e-5
+    )
     return ""
 
 
-def _acts(subject: _Subject) -> str:
+def _acts(subject: Subject) -> str:
     acting, bare = subject.quietly(subject.acting()[0]), subject.quietly(subject.frozen())
-    _differ(acting, bare, "with random tensors the outputs are the backbone's")
+    require_difference(acting, bare, "with random tensors the outputs are the backbone's")
     return ""
 
 
-def _random_state(subject: _Subject) -> str:
+def _random_state(subject: Subject) -> str:
     import numpy
 
     before = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
     drawn = [[p.detach() for p in subject.attached(seed=1)[1].parameters()] for _ in range(2)]
     if not torch.equal(torch.get_rng_state(), before[0]):
-        raise _Broken("building a layer moved torch's random state: draw from `generator`")
+        raise Broken("building a layer moved torch's random state: draw from `generator`")
     if before[1:] != (random.getstate(), str(numpy.random.get_state())):
-        raise _Broken("building a layer moved the random state of Python or numpy")
+        raise Broken("building a layer moved the random state of Python or numpy")
     if not all(map(torch.equal, *drawn)):
-        raise _Broken("one seed gave two starts")
+        raise Broken("one seed gave two starts")
     return ""
 
 
-def _train(subject: _Subject, m: Backbone, attachment: Any) -> set[str]:
+def _train(subject: Subject, m: Backbone, attachment: Any) -> set[str]:
     """Two steps; the names of the tensors that got a gradient other than zero."""
     reached: set[str] = set()
     for _ in range(2):
@@ -174,58 +122,58 @@ def _train(subject: _Subject, m: Backbone, attachment: Any) -> set[str]:
     return reached
 
 
-def _untouched(subject: _Subject) -> str:
+def _untouched(subject: Subject) -> str:
     m = subject.fresh()
     keys, before = list(m.model.state_dict()), values(m.model)
     attachment = attach(m, subject.adapter, "law", at=subject.at)
     _train(subject, m, attachment)
     moved = changed(before, values(m.model))
     if moved:
-        raise _Broken(f"{len(moved)} tensors of the backbone changed, first {moved[0]!r}")
+        raise Broken(f"{len(moved)} tensors of the backbone changed, first {moved[0]!r}")
     extra = [key for key in m.model.state_dict() if key not in keys]
     stray = [key for key in extra if not key.startswith(f"{BANK}.")]
     if stray or [key for key in m.model.state_dict() if key in keys] != keys:
-        raise _Broken(f"the backbone's own keys changed, or others came: {stray[:3]}")
+        raise Broken(f"the backbone's own keys changed, or others came: {stray[:3]}")
     return ""
 
 
-def _gradients_reach(subject: _Subject) -> str:
+def _gradients_reach(subject: Subject) -> str:
     m, attachment = subject.attached()
     named = dict(attachment.named_parameters())
     if not named:
         return "nothing to train"
     missed = sorted(set(named) - _train(subject, m, attachment))
     if missed:
-        raise _Broken(f"no gradient in two steps for {', '.join(missed[:4])}")
+        raise Broken(f"no gradient in two steps for {', '.join(missed[:4])}")
     ours = {id(parameter) for parameter in named.values()}
     leaking = [n for n, p in m.model.named_parameters() if p.requires_grad and id(p) not in ours]
     if leaking:
-        raise _Broken(f"the backbone's {leaking[0]!r} requires a gradient")
+        raise Broken(f"the backbone's {leaking[0]!r} requires a gradient")
     return ""
 
 
-def _detach(subject: _Subject) -> str:
+def _detach(subject: Subject) -> str:
     m = subject.fresh()
     seen, before, outputs = state(m.model), values(m.model), subject.quietly(m)
     randomise(attach(m, subject.adapter, "law", at=subject.at))
     subject.quietly(m)
     detach(m)
     if state(m.model) != seen or changed(before, values(m.model)):
-        raise _Broken("keys, hooks, flags, attributes or values are not what they were")
-    _equal(subject.quietly(m), outputs, "outputs are off")
+        raise Broken("keys, hooks, flags, attributes or values are not what they were")
+    require_equal(subject.quietly(m), outputs, "outputs are off")
     return ""
 
 
-def _disabled(subject: _Subject) -> str:
+def _disabled(subject: Subject) -> str:
     m, _ = subject.acting()
     acting = subject.quietly(m)
     with disabled(m):
-        _equal(subject.quietly(m), subject.quietly(subject.frozen()), "disabled, it is off")
-    _equal(subject.quietly(m), acting, "enabled again, it is off")
+        require_equal(subject.quietly(m), subject.quietly(subject.frozen()), "disabled, it is off")
+    require_equal(subject.quietly(m), acting, "enabled again, it is off")
     return ""
 
 
-def _files(subject: _Subject) -> str:
+def _files(subject: Subject) -> str:
     m, _ = subject.acting()
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder, "one"), Path(folder, "two")
@@ -233,14 +181,14 @@ def _files(subject: _Subject) -> str:
         other = subject.fresh()
         load_adapter(other, one)
         save(other, two)
-        _equal(subject.quietly(other), subject.quietly(m), "what was loaded is off")
+        require_equal(subject.quietly(other), subject.quietly(m), "what was loaded is off")
         for path in one.iterdir():
             if path.read_bytes() != (two / path.name).read_bytes():
-                raise _Broken(f"saved again, {path.name} is another file")
+                raise Broken(f"saved again, {path.name} is another file")
     return ""
 
 
-def _copies(subject: _Subject) -> str:
+def _copies(subject: Subject) -> str:
     m, _ = subject.acting()
     expected = subject.quietly(m)
     twins = [copy.deepcopy(m.model)]
@@ -248,12 +196,14 @@ def _copies(subject: _Subject) -> str:
         twins.append(pickle.loads(pickle.dumps(m.model)))
     except _UNPICKLABLE as error:
         if _pickles(subject.backbone.model):  # else it is not the adapter's fault
-            raise _Broken(f"the adapted model does not pickle: {error}") from error
+            raise Broken(f"the adapted model does not pickle: {error}") from error
     for twin in twins:
-        _equal(subject.quietly(twin), expected, "a copy is off")
+        require_equal(subject.quietly(twin), expected, "a copy is off")
         randomise(next(iter(attachments(twin).values())), seed=9)
-        _differ(subject.quietly(twin), expected, "changing a copy's adapter changes nothing")
-        _equal(subject.quietly(m), expected, "changing a copy changed the original")
+        require_difference(
+            subject.quietly(twin), expected, "changing a copy's adapter changes nothing"
+        )
+        require_equal(subject.quietly(m), expected, "changing a copy changed the original")
     return ""
 
 
@@ -265,7 +215,7 @@ def _pickles(model: nn.Module) -> bool:
     return True
 
 
-def _switching(subject: _Subject) -> str:
+def _switching(subject: Subject) -> str:
     alone = [subject.quietly(subject.acting(name, k)[0]) for name, k in (("a", 1), ("b", 2))]
     m, _ = subject.acting("a", 1)
     randomise(attach(m, subject.adapter, "b", at=subject.at), seed=2)
@@ -273,13 +223,13 @@ def _switching(subject: _Subject) -> str:
     tables = hook_tables(m.model)
     for name, expected in (("a", alone[0]), ("b", alone[1]), ("a", alone[0])):
         set_active(m, name)
-        _equal(subject.quietly(m), expected, f"two are attached, and {name!r} is off")
+        require_equal(subject.quietly(m), expected, f"two are attached, and {name!r} is off")
     if hook_tables(m.model) != tables:
-        raise _Broken("switching touched the hook tables")
+        raise Broken("switching touched the hook tables")
     return ""
 
 
-def _recomputed(subject: _Subject) -> str:
+def _recomputed(subject: Subject) -> str:
     m, attachment = subject.acting()
     wanted = list(attachment.parameters())
     if not wanted:
@@ -294,12 +244,12 @@ def _recomputed(subject: _Subject) -> str:
 
     plain = run(*leaves)
     again: Any = checkpoint(run, *leaves, use_reentrant=False)
-    _equal(again, plain, "the checkpointed pass is off")
-    _equal(gradients(again), gradients(plain), "its gradients are off", 1e-6)
+    require_equal(again, plain, "the checkpointed pass is off")
+    require_equal(gradients(again), gradients(plain), "its gradients are off", 1e-6)
     return ""
 
 
-def _rows(subject: _Subject) -> str:
+def _rows(subject: Subject) -> str:
     def take(row: int) -> Any:
         return _pytree.tree_map(
             lambda v: v[row : row + 1] if isinstance(v, Tensor) and v.ndim else v, subject.batch
@@ -316,16 +266,16 @@ def _rows(subject: _Subject) -> str:
 
     count = len(next(tensors_in(subject.batch)))
     if count < 2:
-        raise _Broken("the batch has one row; give it two or more")
+        raise Broken("the batch has one row; give it two or more")
     if worst(subject.frozen()) > 5e-5:
         return "not checked: rows see each other in the backbone itself"
     found = worst(subject.acting()[0])
     if found > 5e-5:
-        raise _Broken(f"a row alone and among others is off by {found:.1e} of the largest value")
+        raise Broken(f"a row alone and among others is off by {found:.1e} of the largest value")
     return ""
 
 
-def _half_precision(subject: _Subject) -> str:
+def _half_precision(subject: Subject) -> str:
     m, attachment = subject.acting()
     device = next(m.model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16):
@@ -335,27 +285,27 @@ def _half_precision(subject: _Subject) -> str:
         wanted = list(attachment.parameters())
         found += torch.autograd.grad(total(outputs), wanted, materialize_grads=True)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in found):
-        raise _Broken("outputs or gradients are not finite")
+        raise Broken("outputs or gradients are not finite")
     return ""
 
 
-def _merging(subject: _Subject) -> str:
+def _merging(subject: Subject) -> str:
     m, _ = subject.acting()
     before, kept = subject.quietly(m), values(m.model)
     try:
         merge(m)
     except MergeError as refused:
         return f"refused: {refused.message.partition(': ')[2] or refused.message}"
-    _equal(subject.quietly(m), before, "merged, it is off", 1e-4)
+    require_equal(subject.quietly(m), before, "merged, it is off", 1e-4)
     unmerge(m)
     if changed(kept, values(m.model)):
-        raise _Broken("unmerged, the backbone's weights are not what they were")
-    _equal(subject.quietly(m), before, "unmerged, it is off")
+        raise Broken("unmerged, the backbone's weights are not what they were")
+    require_equal(subject.quietly(m), before, "unmerged, it is off")
     return ""
 
 
 #: law, in words -> its verification: "" where it holds, else why it does not apply; or raises
-LAWS: dict[str, Callable[[_Subject], str]] = {
+LAWS: dict[str, Callable[[Subject], str]] = {
     "starts as the identity": _identity,
     "acts once it has learned": _acts,
     "draws from its own generator only": _random_state,

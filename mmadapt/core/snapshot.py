@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,15 +64,16 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 def distance(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
     """The largest difference relative to the largest value, over all tensors; 0 where bits are equal.
 
-    Infinite where numbers or shapes of the tensors differ.
+    Infinite where shapes differ, or a difference is not finite.
     """
     if [t.shape for t in left] != [t.shape for t in right]:
-        return float("inf")
+        return math.inf
     found = 0.0
     for one, other in zip(left, right, strict=True):
         if one.numel() and not torch.equal(one, other):
             size = float(other.detach().abs().max().clamp(min=1e-12))
-            found = max(found, float((one - other).detach().abs().max()) / size)
+            off = float((one - other).detach().abs().max()) / size
+            found = max(found, off if math.isfinite(off) else math.inf)
     return found
 
 
