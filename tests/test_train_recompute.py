@@ -12,6 +12,7 @@ from snapshot import assert_close, flags
 from torch import Tensor, nn
 
 import mmadapt as mm
+from mmadapt.errors import MmadaptError
 from mmadapt.train.kept import kept_for_backward
 
 
@@ -138,3 +139,15 @@ def test_fit_recomputes_and_learns_the_same() -> None:
         assert len(runs) == (6 if checkpointed else 3)
         losses.append(history.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_who_runs_out_of_memory_is_told_how_to_ask_for_it() -> None:
+    model, _ = adapted(False)
+
+    def greedy(model: Any, batch: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+    with pytest.raises(
+        MmadaptError, match=r"model\.\w+_checkpointing_enable\(\) trades it for time"
+    ):
+        mm.fit(model, (pixels(), torch.arange(3)), loss=greedy, steps=1, progress=False)
