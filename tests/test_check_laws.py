@@ -176,6 +176,19 @@ def test_what_is_attached_stays_and_does_not_count() -> None:
     assert all(map(torch.equal, attachment.parameters(), trained))
 
 
+def test_a_merged_attachment_and_a_block_without_gradients_do_not_disturb_it() -> None:
+    backbone = small()
+    randomise(mm.attach(backbone, mm.LoRA(2), "own", at=AT))
+    mm.merge(backbone)
+    before, kept, drawn = state(backbone.model), values(backbone.model), torch.get_rng_state()
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet():
+            mm.check_laws(backbone, mm.Bottleneck(2), hidden(), at=AT)
+    assert state(backbone.model) == before
+    assert_same_values(kept, values(backbone.model))
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_one_row_proves_nothing_about_batch_mates() -> None:
     with pytest.raises(CheckError, match="the batch has one row; give it two or more"):
         mm.check_laws(small(), mm.Bottleneck(4), hidden(1), at=AT)

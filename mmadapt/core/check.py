@@ -43,7 +43,7 @@ def check(m: Any, batch: Any) -> Table:
         hook.fired = False
     tensors = [(key, name, p) for key, name, p in _adaptertensors_in(bank)]
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        loss = total(call(model, _outside_inference(batch)))
+        loss = total(call(model, outside_inference(batch)))
         silent = [hook.site.name for hook in hooks if not hook.fired]
         for hook in hooks:
             hook.fired = hook.fired or fired[hook.site.name]
@@ -111,7 +111,7 @@ def _adaptertensors_in(bank: Any):
                 yield key, tensor, parameter
 
 
-def _outside_inference(batch: Any) -> Any:
+def outside_inference(batch: Any) -> Any:
     """`batch` with copies of the tensors that inference mode made, which no graph may hold."""
     import torch
     from torch.utils import _pytree

@@ -22,7 +22,7 @@ from mmadapt.adapter import Adapter, adapters, from_json
 from mmadapt.core.attach import attach, attachments, detach, disabled, set_active
 from mmadapt.core.backbone import Backbone, unwrap
 from mmadapt.core.bank import BANK, bank_of
-from mmadapt.core.check import tensors_in, total
+from mmadapt.core.check import outside_inference, tensors_in, total
 from mmadapt.core.merge import merge, unmerge
 from mmadapt.core.snapshot import changed, distance, hook_tables, randomise, state, values
 from mmadapt.core.store import load_adapter, save
@@ -46,17 +46,19 @@ def verify(m: Any, adapter: Adapter, batch: Any, at: str | Sequence[str] | None)
             f"{adapter!r} does not come back from its own JSON",
             "fields are plain JSON values, or tuples of them",
         )
-    bare = copy.deepcopy(model)
-    if bank_of(bare) is not None:
-        detach(bare)
-    subject = Subject(Backbone(bare.eval(), anatomy=anatomy, entry=entry), adapter, at, batch)
     table = Table(("law", "verdict"))
     broken = []
-    for law, holds in LAWS.items():
-        try:
-            table.rows.append((law, holds(subject) or "holds"))
-        except Broken as seen:
-            broken.append(f"{law}: {seen}")
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        bare = copy.deepcopy(model)
+        if bank_of(bare) is not None:
+            detach(bare)
+        backbone = Backbone(bare.eval(), anatomy=anatomy, entry=entry)
+        subject = Subject(backbone, adapter, at, outside_inference(batch))
+        for law, holds in LAWS.items():
+            try:
+                table.rows.append((law, holds(subject) or "holds"))
+            except Broken as seen:
+                broken.append(f"{law}: {seen}")
     if broken:
         raise CheckError(
             f"{len(broken)} of {len(LAWS)} laws do not hold for {adapter!r} on "
