@@ -111,6 +111,17 @@ def test_a_trainers_own_train_call_changes_nothing() -> None:
         assert_close(gradients(model, attachment), expected, 1e-6)
 
 
+def test_a_trainer_may_ask_for_it_inside_the_block() -> None:
+    model, attachment = adapted(False)
+    with mm.train_mode(model):
+        expected = gradients(model, attachment)
+        model.activation_checkpointing_enable()
+        model.train()
+        assert_close(gradients(model, attachment), expected, 1e-6)
+        assert all(layer.training for layer in model.vit.layers)
+        assert not model.training
+
+
 def test_what_was_not_asked_for_does_not_happen() -> None:
     model, _ = adapted(False)
     with mm.train_mode(model):
