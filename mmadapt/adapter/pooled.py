@@ -65,7 +65,7 @@ class TipAdapter(Adapter):
         clip = mm.load("tiny/clip")
         classifier = few_shot.zero_shot(clip, ("circle", "arrow"), ("a photo of a {}",))
         att = mm.attach(classifier, mm.TipAdapter(entries=4))
-        shots = few_shot.embed(clip, torch.randn(4, 3, 32, 32))
+        shots = clip.model.encode_image(torch.randn(4, 3, 32, 32)).detach()
         few_shot.remember(att, shots, torch.tensor([0, 0, 1, 1]))
     """
 
