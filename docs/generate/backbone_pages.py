@@ -36,6 +36,11 @@ def place_of(table: str) -> str:
     return f"backbones/{table}.md"
 
 
+def places() -> list[str]:
+    """Where the pages of all modules of tables stand."""
+    return [place_of(table) for table in tables()]
+
+
 @functools.cache
 def table_of(name: str) -> str:
     """The module whose table describes a tiny backbone."""

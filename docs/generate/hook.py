@@ -24,6 +24,17 @@ ROOT = Path(__file__).parents[2]
 #: sections of the README that have pages of their own here
 ELSEWHERE = ("The words", "What there is")
 
+#: what generated pages are made from, and what links from pages written by hand lead to
+MADE_FROM = {
+    "mmadapt/adapter": "methods/index.md",
+    "mmadapt/backbones": "backbones/index.md",
+    "tests/test_laws.py": "laws.md",
+}
+#: what a browser fetches by itself
+_LOADED = re.compile(
+    r'<(script|link|img|audio|video|iframe)\b[^>]*?(?:src|href)="?(https?://[^" >]+)'
+)
+
 _texts: dict[str, str] = {}  # place in the site -> Markdown
 _pictures: dict[str, bytes] = {}
 _origins: dict[str, str] = {}  # place in the site -> place in the repository
@@ -80,7 +91,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     place = page.file.src_uri
     origin = _origins.get(place, f"docs/{place}")
     pages = {f"docs/{file.src_uri}": file.src_uri for file in files}
-    pages |= {there: here for here, there in _origins.items()}
+    pages |= {there: here for here, there in _origins.items()} | MADE_FROM
+    pages |= {f"mmadapt/{Path(one).with_suffix('.py')}": one for one in backbone_pages.places()}
 
     def keep(target: str) -> str:
         there = f"source/{target}"
@@ -95,3 +107,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def _drawing(match: re.Match[str]) -> str:
     drawing = (ROOT / "docs" / match[2]).read_text()
     return drawing.replace("<svg ", f'<svg role="img" aria-label="{match[1]}" ', 1)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that would load anything from elsewhere."""
+    found = _LOADED.search(output)
+    if found:
+        raise ValueError(
+            f"{page.file.src_uri} loads {found[2]}; the site has to work without network"
+        )
+    return output

@@ -90,7 +90,7 @@ def hosts(method: str) -> list[str]:
 
 
 def merges(method: str) -> str:
-    """"" where the method's first variant merges on its home backbone, else the reason why not."""
+    """ "" where the method's first variant merges on its home backbone, else the reason why not."""
     home = hosts(method)[0]
     model = tiny.ALL[home].fresh()
     mm.attach(model, next(iter(variants(method).values())))
@@ -114,6 +114,7 @@ def page() -> str:
             "One suite of tests runs every registered method on every small backbone that offers the "
             "sites it wants. These hold for all of them:",
             "\n".join(f"- {law.says}" for law in laws()),
+            "For a method of your own [`mm.check_laws`][mmadapt.check_laws] runs the core of them. "
             "An exemption is data with a reason:",
             md.table(("method", "law", "why it does not apply"), rows),
             "The suite is [`tests/test_laws.py`](../tests/test_laws.py). A method joins by being "

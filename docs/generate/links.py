@@ -24,7 +24,7 @@ def rewritten(
 
     def replace(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(origin), match[2]))
-        if target in pages:
+        if target in pages and pages[target] != place:
             there = pages[target]
         elif (ROOT / target).is_file():
             there = keep(target)

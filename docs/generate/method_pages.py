@@ -144,7 +144,10 @@ def _fields(cls: type[Adapter]) -> Iterator[str]:
         names = [f"`{cls.__name__}.{name}{signature}`" for name, signature in presets]
         yield md.table(
             ("preset", "what it is"),
-            [(n, md.first_sentence(getattr(cls, p[0]))) for n, p in zip(names, presets, strict=True)],
+            [
+                (n, md.first_sentence(getattr(cls, p[0])))
+                for n, p in zip(names, presets, strict=True)
+            ],
         )
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 #: nbconvert's Markdown, with what cells print in blocks that can be told from code
 TEMPLATE = """\
 {%- extends "markdown/index.md.j2" -%}
-{%- block stream -%}
+{%- block stream %}
 ``` {.text .output}
 {{ output.text.rstrip() | strip_ansi }}
 ```
-{% endblock stream -%}
-{%- block data_text scoped -%}
+{% endblock stream %}
+{%- block data_text scoped %}
 ``` {.text .output}
 {{ output.data["text/plain"].rstrip() }}
 ```

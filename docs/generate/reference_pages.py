@@ -10,20 +10,23 @@ from typing import Any
 import markup as md
 
 import mmadapt as mm
-from mmadapt.adapter import Adapter, adapters
+from mmadapt.adapter import adapters
 
 #: name of a page -> (title, modules whose public names stand on it)
 MODULES = {
     "errors": ("Errors", ("mmadapt.errors",)),
     "interop": ("Other libraries' files", ("mmadapt.interop",)),
     "ops": ("Operations", ("mmadapt.ops",)),
+    "ui": ("Widgets", ("mmadapt.ui",)),
     "zoo": ("The zoo", ("mmadapt.zoo",)),
 }
 
 
 def pages() -> dict[str, str]:
     """Every page by its place in the site, the overview first."""
-    names = [name for name in mm.__all__ if not inspect.ismodule(getattr(mm, name)) and "_" != name[0]]
+    names = [
+        name for name in mm.__all__ if not inspect.ismodule(getattr(mm, name)) and name[0] != "_"
+    ]
     methods = sorted(
         (cls.__name__ for cls in adapters().values() if cls.__name__ in names), key=str.lower
     )
@@ -45,15 +48,20 @@ def pages() -> dict[str, str]:
 
 def overview(groups: dict[str, list[str]]) -> str:
     """Every name of `mm`, with what its docstring begins with."""
-    parts = ["# Reference", "Every public name, from its docstring. `import mmadapt as mm` comes first."]
+    parts = [
+        "# Reference",
+        "Every public name, from its docstring. `import mmadapt as mm` comes first.",
+    ]
     for title, names in groups.items():
         rows = [
-            (f"[`mm.{name}`][mmadapt.{name}]", md.first_sentence(getattr(mm, name))) for name in names
+            (f"[`mm.{name}`][mmadapt.{name}]", md.first_sentence(getattr(mm, name)))
+            for name in names
         ]
         parts += [f"## {title.capitalize()}", md.table(("name", "what it does"), rows)]
     parts += ["## Tasks"]
     tasks = [
-        (f"[`mm.tasks.{name}`](tasks.{name}.md)", md.first_sentence(_module(name))) for name in _tasks()
+        (f"[`mm.tasks.{name}`](tasks.{name}.md)", md.first_sentence(_module(name)))
+        for name in _tasks()
     ]
     parts += [md.table(("module", "what it is for"), tasks)]
     return "\n\n".join(parts)
