@@ -13,9 +13,11 @@ import markup as md
 
 from mmadapt.core.anatomy import Anatomy, find_anatomy
 from mmadapt.core.known import KNOWN
-from mmadapt.core.site import BIAS, Derived, Span, offers
+from mmadapt.core.site import BIAS, Derived, Span
 
 PACKAGE = "mmadapt.backbones"
+#: between the sizes of a shape, so that no line ends there
+TIMES = "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
 #: what the letters of a layout stand for
 LETTERS = (
     "B batch, T tokens, H rows, W columns, P prompts of an image, C channels, D pooled features, "
@@ -115,7 +117,7 @@ def _parts(table: str, classes: list[str]) -> Iterator[str]:
     yield "## Sites"
     yield (
         "Of small random models of the real classes, with the shapes that a batch of two gives there. "
-        f"Layouts: {LETTERS}."
+        f"Layouts: {LETTERS}. Where a site has the port `out`, a method may stand `around` the call, too."
     )
     for name in shown or others[:1]:
         yield from _tiny(name)
@@ -157,7 +159,7 @@ def _tiny(name: str) -> Iterator[str]:
         path = _code(re.sub(r"\.\d+(?=\.|$)", ".*", span.module))
         key = (
             md.code(_general(role)),
-            " ".join(offers(span)),
+            " ".join(span.ports),
             shapes[role] if set(span.ports) - {"weight"} else "",
             span.layout if set(span.ports) - {"weight"} else "",
             _weight(model, anatomy, role, span),
@@ -165,7 +167,7 @@ def _tiny(name: str) -> Iterator[str]:
         )
         grouped[key] = grouped.get(key, 0) + 1
     rows = [(*key[:2], number, *key[2:]) for key, number in grouped.items()]
-    yield md.table(("site", "ports", "how many", "gives", "layout", "weight", "module"), rows, (2,))
+    yield md.table(("site", "ports", "count", "gives", "layout", "weight", "module"), rows, (2,))
     if biases:
         yield f"Beside them stand {biases} biases, such as `{_general(next(r for r in roles if r.endswith(BIAS)))}`, with a `weight` port."
     yield from _facts(anatomy)
@@ -185,7 +187,7 @@ def _weight(model: Any, anatomy: Anatomy, role: str, span: Span) -> str:
     view = anatomy.view(model, role, "weight", span)
     weight = view.holder.get_parameter(view.parameter)
     shape = (weight.shape[0] // span.block[1], *weight.shape[1:])
-    return " × ".join(map(str, shape))
+    return TIMES.join(map(str, shape))
 
 
 def shapes_of(name: str, roles: dict[str, Span]) -> dict[str, str]:
@@ -201,7 +203,7 @@ def shapes_of(name: str, roles: dict[str, Span]) -> dict[str, str]:
             value = _field(output, span.y)
             if getattr(value, "ndim", 0):  # of a fused linear, the role's own columns
                 shape = (*value.shape[:-1], value.shape[-1] // span.block[1])
-                seen[role] = " × ".join(map(str, shape))
+                seen[role] = TIMES.join(map(str, shape))
 
         return model.get_submodule(span.module).register_forward_hook(hook)
 

@@ -24,6 +24,16 @@ ROOT = Path(__file__).parents[2]
 #: sections of the README that have pages of their own here
 ELSEWHERE = ("The words", "What there is")
 
+ONWARD = """
+## On from here
+
+- [The words](docs/words.md) and one figure, then [the first tutorial](tutorials/01_five_minutes.ipynb)
+- [Every method](mmadapt/adapter) with its formula, sites and costs; [every backbone](mmadapt/backbones) with its
+  sites; [the laws](tests/test_laws.py) that hold between them
+- Coming from [PEFT](docs/from_peft.md) or [AdapterHub](docs/from_adapterhub.md)
+- [What adapters cost](docs/performance.md), measured
+"""
+
 #: what generated pages are made from, and what links from pages written by hand lead to
 MADE_FROM = {
     "mmadapt/adapter": "methods/index.md",
@@ -65,7 +75,7 @@ def start(readme: str) -> str:
     if missing:
         raise ValueError(f"the README has no section {missing[0]!r}; its sections are {titles}")
     kept = [s for s, title in zip(sections, titles, strict=True) if title not in ELSEWHERE]
-    return "".join([begin, *kept])
+    return "".join([begin, *kept, ONWARD])
 
 
 def _expanded(entry: Any) -> Any:
@@ -105,8 +115,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def _drawing(match: re.Match[str]) -> str:
-    drawing = (ROOT / "docs" / match[2]).read_text()
-    return drawing.replace("<svg ", f'<svg role="img" aria-label="{match[1]}" ', 1)
+    lines = (ROOT / "docs" / match[2]).read_text().splitlines()
+    drawing = "\n".join(line.strip() for line in lines if line.strip())  # one block, without gaps
+    named = drawing.replace("<svg ", f'<svg role="img" aria-label="{match[1]}" ', 1)
+    return f"<div>\n{named}\n</div>"
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

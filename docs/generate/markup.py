@@ -43,7 +43,8 @@ def runnable(example: str) -> str:
 
 
 def linked(text: str) -> str:
-    """The same text, with every arXiv number a link to the paper."""
+    """The same text, with every arXiv number a link to the paper, and a list of papers in lines."""
+    text = re.sub(rf"({_PAPER.pattern})\n", r"\1  \n", text)
     return _PAPER.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 

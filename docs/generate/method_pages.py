@@ -127,7 +127,7 @@ def _sites(cls: type[Adapter]) -> Iterator[str]:
         yield "\n".join(f"- `{pattern}`" for pattern in default.patterns)
     else:
         yield "It has no sites of its own: name them with `at=`."
-    yield f"It can use the {' and the '.join(md.code(port) for port in cls.ports)} port{'s' * (len(cls.ports) > 1)}."
+    yield f"Ports it can use, preferred first: {', '.join(md.code(port) for port in cls.ports)}."
     if cls.elsewhere:
         yield f"On a backbone without these sites: {cls.elsewhere}."
 
@@ -152,9 +152,18 @@ def _fields(cls: type[Adapter]) -> Iterator[str]:
 
 
 def _type(cls: type[Adapter], name: str) -> str:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    text = inspect.formatannotation(hints[name])
+    hint = typing.get_type_hints(cls, include_extras=True)[name]
+    choices = [each for part in (hint, *typing.get_args(hint)) for each in _literals(part)]
+    if choices:
+        return " | ".join(map(repr, choices)) + (
+            " | None" if type(None) in typing.get_args(hint) else ""
+        )
+    text = inspect.formatannotation(hint)
     return text.replace("typing.", "").replace("<class ", "").replace("NoneType", "None")
+
+
+def _literals(hint: typing.Any) -> tuple[typing.Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 def _value(field: dataclasses.Field) -> str:

@@ -13,6 +13,11 @@ TEMPLATE = """\
 {{ output.text.rstrip() | strip_ansi }}
 ```
 {% endblock stream %}
+{%- block data_html scoped %}
+<div class="shown">
+{{ output.data["text/html"].splitlines() | map("trim") | select | join("\\n") }}
+</div>
+{% endblock data_html -%}
 {%- block data_text scoped %}
 ``` {.text .output}
 {{ output.data["text/plain"].rstrip() }}
