@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -80,3 +81,22 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Path:
+    """A machine without caches, tokens or settings, whose hub is the local one; its cache folder."""
+    for name in list(os.environ):
+        if name.startswith(
+            ("HF_", "HUGGING", "TRANSFORMERS_", "MMADAPT_", "TORCH_HOME", "XDG_")
+        ) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("mmadapt.zoo.digests._VERIFIED", {})
+    monkeypatch.setattr("mmadapt.zoo.manifest._REGISTERED", {})
+    return home / ".cache" / "mmadapt"

@@ -199,7 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             wait = {"Retry-After": faults.retry_after} if faults.retry_after else {}
             return self._send(faults.status or 500, b"", **wait)
         parts = urlsplit(self.path)
-        path = unquote(parts.path)
+        path = (
+            self.path if self.path in hub.plain else unquote(parts.path)
+        )  # whole, as proxies get it
         if path in hub.plain:
             return self._file(path, hub.plain[path], {})
         if match := RESOLVE.fullmatch(path):
@@ -266,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str, content: bytes, headers: dict[str, str]) -> None:
         faults = self.server.faults
-        concerned = faults.only in self.path
+        concerned = faults.only in self.path.partition("?")[0]
         if concerned and faults.redirect_to:
             return self._send(302, b"", Location=faults.redirect_to + self.path, **headers)
         total = len(content)
