@@ -41,6 +41,7 @@ def patiently(ask: Callable[[], Any], url: str) -> Any:
         try:
             return ask()
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code not in AGAIN:
                 raise
             if wait is None:
@@ -157,6 +158,7 @@ def _fill(attempt: _Attempt) -> None:
                 return
             failure = "the connection was cut"
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416:  # the server has less than what is here
                 attempt.part.unlink(missing_ok=True)
                 failure = "the server's file is shorter than what had arrived"
@@ -175,6 +177,8 @@ def _fill(attempt: _Attempt) -> None:
             failure = reason(error)
             if isinstance(error, urllib.error.URLError) and attempt.have() <= begun:
                 raise _stopped(attempt, failure) from None  # nobody there: again would be the same
+            if isinstance(error, TimeoutError):
+                tries += 1  # silence has cost its seconds already
         if attempt.have() > furthest:
             furthest, tries = attempt.have(), 0
         if tries >= len(PAUSES):

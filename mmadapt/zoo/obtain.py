@@ -193,7 +193,9 @@ class _Download:
         try:
             with request(self._urls(file, "")[0], method="HEAD") as answer:
                 length = answer.headers.get("Content-Length") or ""
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             return file  # the download itself tells what is wrong
         return replace(file, size=int(length)) if re.fullmatch(r"\d{1,18}", length) else file
 
