@@ -233,12 +233,12 @@ def from_json(data: Any, where: str = "manifest") -> Entry:
         kind = dict if name == "files" else str
         if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
             raise ZooError(f"{where}: {data['name']}: {name} is no list of {kind.__name__}")
-    missing = {"summary", "builder", "source", "licence"} - set(data)
+    missing = {"summary", "source", "licence"} - set(data)
     if missing:
         raise ZooError(f"{where}: {data['name']}: no {', '.join(sorted(missing))}")
     try:
         files = tuple(_file(part) for part in data.get("files", ()))
-        return Entry(**{**data, "files": files})
+        return Entry(**{"builder": "", **data, "files": files})
     except ZooError as error:
         raise ZooError(f"{where}: {error.message}", error.hint) from None
 

@@ -14,6 +14,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 #: what a backbone needs beside its weights
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
+TOKENIZER = (
+    "bpe.txt.gz",
+    "chat_template.jinja",
+    "merges.txt",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 WEIGHTS = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -56,7 +64,7 @@ def role_of(path: str) -> str:
     name = path.rpartition("/")[2]
     if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")):
         return "weights"
-    if "token" in name or name in ("vocab.json", "vocab.txt", "merges.txt", "spiece.model"):
+    if "token" in name or name in TOKENIZER:
         return "tokenizer"
     if "processor" in name:
         return "preprocessing"
