@@ -837,3 +837,31 @@ def test_missing_libraries_are_named_before_the_download(hub: Hub, empty_home: P
     with pytest.raises(MissingDependencyError, match=r"needs torch>=900, this is 2"):
         get(item, **COST)
     assert hub.requests == []
+
+
+# -- progress --------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_terms_then_bytes(net: Entry, capsys: pytest.CaptureFixture[str]) -> None:
+    get(net)
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("lab/net: 307 kB, licence MIT\n") and "lab/net:" in said and "kB/s" in said
+    ) or "B/s" in said
+
+
+@pytest.mark.slow
+def test_a_saved_notebook_keeps_one_line_and_no_widget(net: Entry, hub: Hub) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    file = net.files[0]
+    arguments = (
+        f"import sys; sys.argv = ['', {net.source['urls'][0]!r}, {file.size}, {file.sha256!r}]"
+    )
+    code = arguments + FETCH.replace(", progress=False", "")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    assert "widgets" not in notebook.metadata
+    terms, bar, folder = notebook.cells[0].outputs
+    assert terms.text == "lab/net: 307 kB, licence MIT\n" and str(part_of_name(net)) in folder.text
+    assert bar.data["text/plain"] == "lab/net: 0.3 MB" and "<progress" not in bar.data["text/html"]

@@ -21,7 +21,7 @@ import mmadapt as mm
 from mmadapt import zoo
 from mmadapt.cli import main
 from mmadapt.core.known import KNOWN
-from mmadapt.errors import ZooError
+from mmadapt.errors import WrongBackboneError, ZooError
 from mmadapt.zoo import Entry, File, manifest
 from mmadapt.zoo.entries import from_json
 from mmadapt.zoo.files import require_inside
@@ -107,6 +107,15 @@ def test_lists_are_filtered_and_in_natural_order() -> None:
         zoo.list(max_params="many")
     with pytest.raises(ZooError, match="kind is 'model'"):
         zoo.list(kind="model")
+
+
+def test_an_adapter_for_another_backbone_is_refused_by_both_names() -> None:
+    adapter = zoo.entry("sam/vit-b+med-sa/zoo")
+    for name in ("sam/vit-b", "sam/vit-b/transformers"):
+        adapter.require_base(zoo.entry(name))
+    adapter.require_base(None)
+    with pytest.raises(WrongBackboneError, match=r"made for sam/vit-b, this is sam/vit-h"):
+        adapter.require_base(zoo.entry("sam/vit-h"))
 
 
 def test_a_search_ranks_by_what_the_words_hit() -> None:
@@ -330,9 +339,9 @@ def test_output_that_nobody_reads_to_the_end_is_no_error() -> None:
 # -- scripts for maintainers and clusters ---------------------------------------------------------------
 
 
-def script(name: str) -> Any:
-    """A script of zoo/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"zoo_{name}", ROOT / "zoo" / f"{name}.py")
+def script(path: str) -> Any:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -355,7 +364,7 @@ def test_a_maintainer_fills_pins_from_the_hub(
     ]
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"schema": 2, "entries": [item.to_json() for item in entries]}))
-    assert script("pin").main(["--manifest", str(path)]) == 1
+    assert script("zoo/pin.py").main(["--manifest", str(path)]) == 1
     said = capsys.readouterr()
     assert "left as it was: lab/c" in said.err and "hub says gpl-3.0, the manifest MIT" in said.out
     found = {item.name: item for item in manifest.read_manifest(path)}
@@ -374,7 +383,7 @@ def test_a_maintainer_fills_pins_from_the_hub(
 def test_the_tiny_weights_are_pinned_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_bytes((ROOT / "zoo" / "manifest.json").read_bytes())
-    assert script("pin").main(["tiny/*", "--manifest", str(path)]) == 0
+    assert script("zoo/pin.py").main(["tiny/*", "--manifest", str(path)]) == 0
     assert path.read_bytes() == (ROOT / "zoo" / "manifest.json").read_bytes()
 
 
@@ -392,3 +401,22 @@ def test_a_login_node_fills_a_root_without_installing_anything(
     assert f"export MMADAPT_ZOO_PATH={tmp_path / 'shared'}" in done.stdout
     monkeypatch.setenv("MMADAPT_ZOO_PATH", str(tmp_path / "shared"))
     assert zoo.get("hf:org/model", offline=True).is_relative_to(tmp_path / "shared")
+
+
+# -- the page --------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_entries_and_numbers_that_are_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / "docs" / "zoo.md").read_text()
+    from pages import fill
+
+    assert fill(page, {"entries": script("zoo/recipes/zoo_table.py").table()}) == page
+    benchmark = script("benchmarks/zoo_load.py")
+    results = json.loads((ROOT / "benchmarks" / "zoo_load.json").read_text())
+    assert fill(page, {"load": benchmark.table(results)}) == page
+    rows = {(row["model"], row["way"]): row for row in results["rows"]}
+    for model in ("SAM ViT-H", "CLIP ViT-B/32, open_clip"):  # at the speed of the disk
+        assert rows[model, "zoo"]["cpu"] < 0.25 * rows[model, "library"]["cpu"]

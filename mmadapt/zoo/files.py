@@ -22,13 +22,12 @@ TOKENIZER = (
     "vocab.json",
     "vocab.txt",
 )
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 WEIGHTS = (
     "model.safetensors",
-    "open_clip_model.safetensors",
     "model-*-of-*.safetensors",
     "*.safetensors",
     "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
 
@@ -77,7 +76,10 @@ def choose(files: tuple[File, ...], patterns: tuple[str, ...] | None) -> tuple[F
         return tuple(file for file in files if any(fnmatchcase(file.path, p) for p in patterns))
     top = [file for file in files if "/" not in file.path]
     weights: list[File] = []
-    for pattern in WEIGHTS:
+    both = any(
+        file.path == "open_clip_config.json" for file in top
+    )  # timm's weights may lie beside
+    for pattern in (*(OPEN_CLIP if both else ()), *WEIGHTS):
         weights = [file for file in top if fnmatchcase(file.path, pattern)]
         if weights:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def load(
                 f"{item.name} is an adapter for {item.base or 'a backbone'}",
                 f'load the backbone, then mmadapt.load_adapter(backbone, "{item.name}")',
             )
-        folder = obtain(item, offline=offline, token=token, progress=progress).folder
+        found = obtain(item, offline=offline, token=token, progress=progress)
+        folder = found.folder  # from here on, the entry says which version it was
+        item = replace(item, files=found.files, revision=found.revision or item.revision)
     else:
         raise ZooError(
             f"expected a zoo name or a folder, got {type(name).__name__}",

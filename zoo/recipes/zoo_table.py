@@ -1,6 +1,6 @@
 """Write the table of entries into docs/zoo.md, from the manifest.
 
-python zoo/table.py
+python zoo/recipes/zoo_table.py
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from pages import fill
 
@@ -18,6 +16,8 @@ from mmadapt.core.table import count
 from mmadapt.zoo.entries import Entry
 from mmadapt.zoo.files import megabytes
 from mmadapt.zoo.manifest import shipped
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def table() -> str:
