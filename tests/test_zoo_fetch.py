@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -26,7 +29,7 @@ from mmadapt.errors import (
     StorageError,
     ZooError,
 )
-from mmadapt.zoo import Entry, File, download, fetch, get, obtain, places, register
+from mmadapt.zoo import Entry, File, download, fetch, get, obtain, places, register, transfer
 from mmadapt.zoo.keeping import cached, import_file, rm, verify, where
 
 WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes
@@ -115,7 +118,7 @@ def test_patterns_choose_files_and_add_to_what_is_there(hub: Hub, empty_home: Pa
     folder = get("hf:org/model", patterns=["*.json"], **COST)
     assert (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
     hub.requests.clear()
-    get("hf:org/model", patterns=["config.json"], **COST)
+    get("hf:org/model", patterns="config.json", **COST)
     assert hub.requests == []
     get("hf:org/model", patterns=["*.json", "*.safetensors"], **COST)
     assert [r.path.split("/")[-1] for r in hub.fetched("/resolve/")] == ["model.safetensors"]
@@ -400,7 +403,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_that_loads_wrongly(
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        found, damaged = obtain._here(net, None)
+        found, damaged = obtain.here(net)
         assert damaged == ""
         if found is not None:
             assert (found.folder / "net.pth").read_bytes() == WEIGHTS
@@ -622,6 +625,73 @@ def test_a_hub_whose_answers_name_other_folders_is_refused(hub: Hub, empty_home:
         get("hf:org/odd", **COST)
 
 
+# -- TLS --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secure(hub: Hub, empty_home: Path, tmp_path: Path) -> Hub:
+    """The hub behind TLS, with a certificate that nobody trusts yet: `cert.pem`."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+               "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=127.0.0.1",
+               "-addext", "subjectAltName=IP:127.0.0.1"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub.socket = context.wrap_socket(hub.socket, server_side=True)
+    hub.url = hub.url.replace("http:", "https:")
+    hub.plain["/net.pth"] = WEIGHTS
+    return hub
+
+
+def test_a_certificate_is_checked_and_a_companys_own_is_trusted_when_named(
+    secure: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = entry(f"{secure.url}/net.pth")
+    with pytest.raises(OfflineError, match=r"certificate is not trusted .*REQUESTS_CA_BUNDLE"):
+        get(item, **COST)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    assert (get(item, **COST) / "net.pth").read_bytes() == WEIGHTS
+
+
+def test_tls_goes_through_a_proxy(
+    secure: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    def pipe(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve(listener: socket.socket) -> None:
+        link, _ = listener.accept()
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += link.recv(1)
+        asked.append(head.splitlines()[0])
+        inner = socket.create_connection(("127.0.0.1", secure.server_port))
+        link.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=pipe, args=(inner, link), daemon=True).start()
+        pipe(link, inner)
+        inner.close()
+        link.close()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+        assert (get(entry(f"{secure.url}/net.pth"), **COST) / "net.pth").read_bytes() == WEIGHTS
+    assert asked == [f"CONNECT 127.0.0.1:{secure.server_port} HTTP/1.0".encode()] or asked[
+        0
+    ].startswith(b"CONNECT")
+
+
 # -- disks --------------------------------------------------------------------------------------------
 
 
@@ -632,7 +702,7 @@ def test_a_disk_without_room_is_noticed_before_the_first_byte(
     get(entry(f"{hub.url}/other.pth", name="lab/other"), **COST)
     hub.requests.clear()
     usage = type("usage", (), {"free": 200_000})
-    monkeypatch.setattr(obtain.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError) as told:
         get(net, **COST)
     text = str(told.value)
@@ -666,7 +736,7 @@ def test_a_disk_that_fills_up_keeps_what_it_has_and_a_read_only_cache_is_read_wi
     (tmp_path / "fetch.py").write_text(FETCH)
     (tmp_path / "full.py").write_text(  # a quota, which the free space of a disk does not show
         FETCH.replace(
-            "print(get", "from mmadapt.zoo import obtain\nobtain.MARGIN = -10**9\nprint(get"
+            "print(get", "from mmadapt.zoo import transfer\ntransfer.MARGIN = -10**9\nprint(get"
         )
     )
     file = net.files[0]

@@ -25,7 +25,8 @@ from mmadapt.zoo.digests import digest_of
 from mmadapt.zoo.entries import Entry, from_json
 from mmadapt.zoo.fetch import settings
 from mmadapt.zoo.files import File, choose, role_of
-from mmadapt.zoo.obtain import obtain
+from mmadapt.zoo.obtain import get
+from mmadapt.zoo.places import read_record
 
 ZOO = Path(__file__).resolve().parent
 ROLES = {"metrics.json": "metrics", "clips.opus": "clips", "clips.json": "clips"}
@@ -79,8 +80,9 @@ def _urls(entry: Entry) -> Entry:
     if all(file.size is not None and file.sha256 for file in entry.files):
         return entry
     with tempfile.TemporaryDirectory() as folder:
-        found = obtain(entry, to=folder)
-        return replace(entry, files=found.files)
+        record = read_record(get(entry, to=folder))
+        assert record is not None
+        return replace(entry, files=record.files)
 
 
 def main(arguments: list[str] | None = None) -> int:
