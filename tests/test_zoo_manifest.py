@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from hub import Hub
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import mmadapt as mm
@@ -233,7 +233,7 @@ def test_what_is_wrong_with_a_manifest_is_named(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -241,6 +241,7 @@ FIELDS = [*PLAIN, "aliases", "kind", "parameters", "revision", "config", "global
 
 
 @settings(max_examples=150, deadline=None)
+@example({"summary": ""}, set())
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sets(st.sampled_from(FIELDS)))
 def test_invented_entries_are_whole_or_refused_cleanly(
     changes: dict[str, Any], dropped: set[str]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import http.client
 import os
 import re
 import time
 import urllib.error
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,27 +276,3 @@ def _full(attempt: _Attempt) -> StorageError:
         f"{megabytes(attempt.have())}{f' of {megabytes(size)}' if size else ''} are kept",
         "`mmadapt zoo rm` frees room, MMADAPT_CACHE moves the cache",
     )
-
-
-@contextlib.contextmanager
-def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Inside, no other process fetches what this lock file stands for; False where locks do not work."""
-    try:
-        from filelock import FileLock, Timeout  # torch and huggingface_hub bring it
-    except ImportError:
-        yield False
-        return
-    lock = FileLock(str(path))
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            lock.acquire()
-    except (OSError, NotImplementedError):  # some network file systems
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import os
@@ -9,16 +10,17 @@ import re
 import shutil
 import sys
 import urllib.error
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmadapt.errors import DownloadError, StorageError
+from mmadapt.errors import DownloadError, OfflineError, StorageError
 from mmadapt.train.progress import Progress, in_notebook
 from mmadapt.zoo import hub, places
 from mmadapt.zoo.digests import problem
-from mmadapt.zoo.download import PART, fetch_file, only_one
+from mmadapt.zoo.download import PART, fetch_file
 from mmadapt.zoo.entries import Entry
-from mmadapt.zoo.fetch import request
+from mmadapt.zoo.fetch import reason, request, settings
 from mmadapt.zoo.files import COMMIT, File, megabytes
 
 #: room to leave on a disk
@@ -82,17 +84,24 @@ class Transfer:
         return places.Record(item.name, found.commit, found.files, licence)
 
     def _sized(self, file: File) -> File:
-        """The file with the size its server tells, for the sake of progress; it stays not pinned."""
+        """The file with the size that a mirror tells, for what is said first; it is not pinned by that."""
         if file.size is not None:
             return file
-        try:
-            with request(self._urls(file, "")[0], method="HEAD") as answer:
-                length = answer.headers.get("Content-Length") or ""
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError):
+        urls = self._urls(file, "")
+        failures = []
+        for url in urls:
+            try:
+                patience = settings().connect / len(urls)
+                with request(url, method="HEAD", connect=patience) as answer:
+                    length = answer.headers.get("Content-Length") or ""
+                    known = re.fullmatch(r"\d{1,18}", length)
+                    return replace(file, size=int(length)) if known else file
+            except urllib.error.HTTPError as error:
                 error.close()
-            return file  # the download itself tells what is wrong
-        return replace(file, size=int(length)) if re.fullmatch(r"\d{1,18}", length) else file
+                return file  # the download itself tells what is wrong
+            except (OSError, http.client.HTTPException) as error:
+                failures.append(f"{url} cannot be reached: {reason(error)}")
+        raise OfflineError("; ".join(failures))
 
     def _urls(self, file: File, commit: str) -> list[str]:
         if "hf" in self.item.source:
@@ -199,3 +208,27 @@ def _room_hint(root: Path) -> str:
     kept = largest(root)
     listed = "; ".join(f"mmadapt zoo rm {name}  ({megabytes(size)})" for name, size in kept)
     return listed or "set MMADAPT_CACHE to a folder on a larger disk"
+
+
+@contextlib.contextmanager
+def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Inside, no other process fetches what this lock file stands for; False where locks do not work."""
+    try:
+        from filelock import FileLock, Timeout  # torch and huggingface_hub bring it
+    except ImportError:
+        yield False
+        return
+    lock = FileLock(str(path))
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+    except (OSError, NotImplementedError):  # some network file systems
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
