@@ -203,7 +203,13 @@ class Entry:
                     {key: part for key, part in file.items() if part not in (None, "")}
                     for file in value
                 ]
-            if name in ("name", "summary", "source", "licence") or value not in (None, "", (), [], {}):
+            if name in ("name", "summary", "source", "licence") or value not in (
+                None,
+                "",
+                (),
+                [],
+                {},
+            ):
                 data[name] = list(value) if isinstance(value, tuple) else value
         if data["kind"] == empty["kind"].default:
             del data["kind"]
