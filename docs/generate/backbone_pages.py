@@ -150,24 +150,27 @@ def _tiny(name: str) -> Iterator[str]:
     yield f"### {name}"
     yield f"`{_class(name)}`, family `{anatomy.family}`."
     shapes = shapes_of(name, roles)
-    grouped: dict[tuple[str, ...], int] = {}
-    biases = 0
+    groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    biases = sum(role.endswith(f".{BIAS}") for role in roles)
     for role, span in roles.items():
-        if role.endswith(f".{BIAS}"):
-            biases += 1
-            continue
-        path = _code(re.sub(r"\.\d+(?=\.|$)", ".*", span.module))
-        key = (
-            md.code(_general(role)),
-            " ".join(span.ports),
-            shapes[role] if set(span.ports) - {"weight"} else "",
-            span.layout if set(span.ports) - {"weight"} else "",
-            _weight(model, anatomy, role, span),
+        if not role.endswith(f".{BIAS}"):
+            layout = span.layout if set(span.ports) & {"in", "out"} else ""
+            path = _code(re.sub(r"\.\d+(?=\.|$)", ".*", span.module))
+            key = (md.code(_general(role)), " ".join(span.ports), layout, path)
+            sizes = (shapes[role] if layout else "", _weight(model, anatomy, role, span))
+            groups.setdefault(key, []).append(sizes)
+    rows = [
+        (
+            site,
+            ports,
+            len(sizes),
+            *(" or ".join(dict.fromkeys(each)) for each in zip(*sizes, strict=True)),
+            layout,
             path,
         )
-        grouped[key] = grouped.get(key, 0) + 1
-    rows = [(*key[:2], number, *key[2:]) for key, number in grouped.items()]
-    yield md.table(("site", "ports", "count", "gives", "layout", "weight", "module"), rows, (2,))
+        for (site, ports, layout, path), sizes in groups.items()
+    ]
+    yield md.table(("site", "ports", "count", "gives", "weight", "layout", "module"), rows, (2,))
     if biases:
         yield f"Beside them stand {biases} biases, such as `{_general(next(r for r in roles if r.endswith(BIAS)))}`, with a `weight` port."
     yield from _facts(anatomy)
@@ -191,7 +194,7 @@ def _weight(model: Any, anatomy: Anatomy, role: str, span: Span) -> str:
 
 
 def shapes_of(name: str, roles: dict[str, Span]) -> dict[str, str]:
-    """The shape of what each role's module gives to a batch of two; "not called" where none is seen."""
+    """The shape of what each role's module gives to a batch of two; "" where it gives several tensors."""
     import torch
 
     tiny = laws.tiny.ALL[name]
@@ -200,6 +203,7 @@ def shapes_of(name: str, roles: dict[str, Span]) -> dict[str, str]:
 
     def watch(role: str, span: Span) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
+            seen[role] = ""
             value = _field(output, span.y)
             if getattr(value, "ndim", 0):  # of a fused linear, the role's own columns
                 shape = (*value.shape[:-1], value.shape[-1] // span.block[1])
@@ -218,6 +222,7 @@ def shapes_of(name: str, roles: dict[str, Span]) -> dict[str, str]:
 def _field(output: Any, which: int | str) -> Any:
     if isinstance(which, str):
         return getattr(output, which, None)
+    output = output.to_tuple() if hasattr(output, "to_tuple") else output
     return output[which] if isinstance(output, (tuple, list)) else output
 
 
