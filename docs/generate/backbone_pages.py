@@ -164,7 +164,7 @@ def _tiny(name: str) -> Iterator[str]:
             site,
             ports,
             len(sizes),
-            *(" or ".join(dict.fromkeys(each)) for each in zip(*sizes, strict=True)),
+            *(_span(list(dict.fromkeys(each))) for each in zip(*sizes, strict=True)),
             layout,
             path,
         )
@@ -178,6 +178,10 @@ def _tiny(name: str) -> Iterator[str]:
     if traps:
         yield "Traps:"
         yield "\n".join(f"- {trap}" for trap in traps)
+
+
+def _span(shapes: list[str]) -> str:
+    return " or ".join(shapes) if len(shapes) < 3 else f"{shapes[0]} … {shapes[-1]}"
 
 
 def _general(role: str) -> str:

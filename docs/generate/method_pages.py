@@ -145,7 +145,7 @@ def _fields(cls: type[Adapter]) -> Iterator[str]:
         yield md.table(
             ("preset", "what it is"),
             [
-                (n, md.first_sentence(getattr(cls, p[0])))
+                (n, md.linked(md.first_sentence(getattr(cls, p[0]))))
                 for n, p in zip(names, presets, strict=True)
             ],
         )

@@ -12,13 +12,13 @@ import markup as md
 import mmadapt as mm
 from mmadapt.adapter import adapters
 
-#: name of a page -> (title, modules whose public names stand on it)
+#: name of a page -> (title, module whose public names stand on it)
 MODULES = {
-    "errors": ("Errors", ("mmadapt.errors",)),
-    "interop": ("Other libraries' files", ("mmadapt.interop",)),
-    "ops": ("Operations", ("mmadapt.ops",)),
-    "ui": ("Widgets", ("mmadapt.ui",)),
-    "zoo": ("The zoo", ("mmadapt.zoo",)),
+    "errors": ("Errors", "mmadapt.errors"),
+    "interop": ("Other libraries' files", "mmadapt.interop"),
+    "ops": ("Operations", "mmadapt.ops"),
+    "ui": ("Widgets", "mmadapt.ui"),
+    "zoo": ("The zoo", "mmadapt.zoo"),
 }
 
 
@@ -30,13 +30,13 @@ def pages() -> dict[str, str]:
     methods = sorted(
         (cls.__name__ for cls in adapters().values() if cls.__name__ in names), key=str.lower
     )
-    verbs = [name for name in names if inspect.isfunction(getattr(mm, name))]
+    verbs = [name for name in names if name[0].islower()]
     objects = [name for name in names if name not in (*methods, *verbs)]
     found = {
         "verbs": _page("Verbs", [f"mmadapt.{name}" for name in verbs]),
         "objects": _page("Objects", [f"mmadapt.{name}" for name in objects]),
         "adapters": _page("Adapters", [f"mmadapt.{name}" for name in methods]),
-        **{place: _page(title, _public(modules)) for place, (title, modules) in MODULES.items()},
+        **{place: _page(title, _public(module)) for place, (title, module) in MODULES.items()},
         **{f"tasks.{name}": _task(name) for name in _tasks()},
     }
     groups = {"verbs": verbs, "objects": objects, "adapters": methods}
@@ -71,26 +71,26 @@ def _page(title: str, names: list[str]) -> str:
     return "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)])
 
 
-def _public(modules: tuple[str, ...]) -> list[str]:
-    """The names that modules offer: those of `__all__`, or what they define themselves."""
-    found = []
-    for name in modules:
-        module = importlib.import_module(name)
-        own = [
-            key
-            for key, value in vars(module).items()
-            if key[0] != "_" and getattr(value, "__module__", None) == name
-        ]
-        offered = getattr(module, "__all__", own)
-        found += [f"{name}.{key}" for key in offered if inspect.getdoc(getattr(module, key))]
-    return found
+def _public(name: str) -> list[str]:
+    """The functions and classes that a module offers: those of `__all__`, or what it defines itself."""
+    module = importlib.import_module(name)
+    own = [
+        key
+        for key, value in vars(module).items()
+        if key[0] != "_" and getattr(value, "__module__", None) == name
+    ]
+    found = {key: getattr(module, key) for key in getattr(module, "__all__", own)}
+    return [
+        f"{name}.{key}"
+        for key, value in found.items()
+        if inspect.isclass(value) or inspect.isfunction(value)
+    ]
 
 
 def _tasks() -> list[str]:
     import mmadapt.tasks
 
-    found = [info.name for info in pkgutil.iter_modules(mmadapt.tasks.__path__)]
-    return [name for name in found if hasattr(_module(name), "__all__")]
+    return [info.name for info in pkgutil.iter_modules(mmadapt.tasks.__path__)]
 
 
 def _module(name: str) -> Any:
@@ -98,14 +98,11 @@ def _module(name: str) -> Any:
 
 
 def _task(name: str) -> str:
-    module = f"mmadapt.tasks.{name}"
+    """A module of a task: what it is for, and its names."""
     begin, *rest = md.docstring(_module(name))
-    code = [part if not md.is_code(part) else inspect.cleandoc(part) for part in rest]
-    shown = [md.block("\n\n".join(code), "python")] if code else []
-    names = [f"{module}.{key}" for key in _module(name).__all__ if _documented(name, key)]
+    if rest and rest[0].startswith("from mmadapt"):
+        shown = [md.block("\n\n".join(rest), "python")]
+    else:
+        shown = [md.shown(part, "python") for part in rest]
+    names = _public(f"mmadapt.tasks.{name}")
     return "\n\n".join([f"# tasks.{name}", begin, *shown, *(f"::: {each}" for each in names)])
-
-
-def _documented(name: str, key: str) -> bool:
-    value = getattr(_module(name), key)
-    return inspect.isclass(value) or inspect.isfunction(value)
