@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from mmadapt.core.svg import curve_svg
+
 
 def in_notebook() -> bool:
     """Whether rich output is shown: an IPython kernel, not a terminal."""
@@ -95,28 +97,3 @@ class Progress:
             self._handle = display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
-
-
-def curve_svg(values: Sequence[float], width: int = 360, height: int = 90) -> str:
-    """A small curve as inline SVG, readable in any front end; empty for fewer than two values."""
-    points = [value for value in values if value == value and abs(value) != float("inf")]
-    if len(points) < 2:
-        return ""
-    step = max(1, len(points) // width)
-    points = [
-        sum(points[i : i + step]) / len(points[i : i + step]) for i in range(0, len(points), step)
-    ]
-    low, high = min(points), max(points)
-    spread = (high - low) or 1.0
-    path = " ".join(
-        f"{i * (width - 2) / max(1, len(points) - 1) + 1:.1f},"
-        f"{height - 14 - (value - low) / spread * (height - 28):.1f}"
-        for i, value in enumerate(points)
-    )
-    return (
-        f'<svg width="{width}" height="{height}" role="img" aria-label="loss curve" '
-        'style="display:block;background:#fff">'
-        f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
-        f'<text x="2" y="11" font-size="10" fill="#555">{high:.4g}</text>'
-        f'<text x="2" y="{height - 2}" font-size="10" fill="#555">{low:.4g}</text></svg>'
-    )

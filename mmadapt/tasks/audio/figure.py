@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mmadapt.core.figure import BLUE, HEAT, VERMILION, drawn, new_figure
 from mmadapt.tasks.audio.levels import CLIPPED
 
 if TYPE_CHECKING:
@@ -15,27 +16,26 @@ if TYPE_CHECKING:
 _COLUMNS = 1200
 
 
+@drawn
 def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     """The wave's envelope, samples at full scale marked; below it the normalised spectrogram.
 
     What the model sees is shown with its padding, behind a line where the clip ends.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.2 if features is None else 4.4), layout="constrained")
+    figure = new_figure(8, 2.2 if features is None else 4.4)
     panels = figure.subplots(1 if features is None else 2, 1, squeeze=False)[:, 0]
     times, low, high = envelope(clip)
     wave = panels[0]
-    wave.fill_between(times, low, high, linewidth=0.5, color="#1f6feb")
+    wave.fill_between(times, low, high, linewidth=0.5, color=BLUE)
     loud = numpy.maximum(high, -low) >= CLIPPED
     if loud.any():
         wave.plot(
-            times[loud], numpy.ones(int(loud.sum())), "|", color="#c4320a", label="full scale"
+            times[loud], numpy.ones(int(loud.sum())), "|", color=VERMILION, label="full scale"
         )
-        wave.legend(loc="upper right", fontsize=7)
+        wave.legend(loc="upper right")
     wave.set_ylim(-1.05, 1.05)
     wave.set_ylabel("samples")
-    wave.set_title(repr(clip), fontsize=9, loc="left")
+    wave.set_title(repr(clip), loc="left")
     if features is None:
         wave.set_xlim(0, clip.seconds)
         wave.set_xlabel("seconds")
@@ -46,7 +46,7 @@ def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     wave.set_xlim(0, end)
     mel = panels[1]
     image = mel.imshow(
-        seen.T, origin="lower", aspect="auto", extent=(0, end, 0, seen.shape[1]), cmap="magma"
+        seen.T, origin="lower", aspect="auto", extent=(0, end, 0, seen.shape[1]), cmap=HEAT
     )
     heard = int(batch.lengths[0])
     if heard < len(seen):
