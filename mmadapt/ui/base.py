@@ -1,0 +1,193 @@
+"""What every widget shares: its picture and its text, errors that are shown, a life that ends.
+
+A view is ordinary Python data with a figure; it works without a notebook and without ipywidgets. Its
+widgets are made when a notebook first shows it. A saved notebook keeps the picture and the text, which
+a front end shows where there is no kernel; pixels are never part of a widget's state, so that nothing
+large is saved even by a front end that is told to save it.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmadapt.errors import MissingDependencyError, MmadaptError
+from mmadapt.train.progress import in_notebook
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def png_of(figure: Any, dpi: int = 80) -> bytes:
+    """A matplotlib figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+class View:
+    """Something to look at and to change: a subclass has `_text`, `figure` and `_build`.
+
+    `_text()` is its plain twin, a few lines. `figure()` is a matplotlib figure of the state as it is.
+    `_build()` makes the ipywidgets widget, once, when it is first shown; its callbacks go through
+    `handler`, so that an error is shown below the widget and the kernel lives on. Assigning state from
+    Python raises as usual. `error` is what was shown last, to be raised for its traceback.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        # JupyterLab may send what the front end does to a thread of its own
+        self._lock = threading.RLock()
+        self._widget: Any = None
+        self._line: Any = None
+
+    def _text(self) -> str:
+        raise NotImplementedError
+
+    def figure(self) -> Any:
+        """The state as it is, as a matplotlib figure."""
+        raise NotImplementedError
+
+    def _build(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def widget(self) -> Any:
+        """The ipywidgets widget, to be put into boxes; made on first use."""
+        if self._widget is None:
+            widgets = ipywidgets()
+            self._line = widgets.HTML()
+            self._line.layout.display = "none"
+            self._widget = widgets.VBox([self._build(), self._line])
+            # ipywidgets keeps every widget for ever; a view that nobody holds takes its own along
+            weakref.finalize(self, _close, self._widget).atexit = False
+        return self._widget
+
+    def close(self) -> None:
+        """Take the widgets out of the page; state stays readable, and showing it again makes new ones."""
+        if self._widget is not None:
+            _close(self._widget)
+            self._widget = self._line = None
+
+    # -- what front ends show ---------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return self._text()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle: dict[str, Any] = {"text/plain": self._text(), "image/png": png_of(self.figure())}
+        if in_notebook():
+            bundle[WIDGET] = {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": self.widget.model_id,
+            }
+        return bundle
+
+    # -- what front ends do -----------------------------------------------------------------------
+
+    def handler(self, method: Callable[..., Any], delay: float = 0.0) -> Callable[..., None]:
+        """A callback for a widget, of a method of this view.
+
+        What it raises is shown in the widget and kept in `error`. With a `delay` in seconds it runs
+        once calls have paused for so long, with the arguments of the last. It does not keep the view
+        alive.
+
+            slider.observe(self.handler(self._moved, delay=0.1), "value")
+        """
+        held = weakref.WeakMethod(method)
+
+        def call(*arguments: Any) -> None:
+            bound = held()
+            if bound is not None:
+                view: View = bound.__self__
+                with view._lock, view.shown_errors():
+                    bound(*arguments)
+
+        return debounced(call, delay) if delay else call
+
+    @contextmanager
+    def shown_errors(self) -> Iterator[None]:
+        """What is raised within is shown below the widget and kept in `error`; what worked clears it."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+            self._say(error_html(error))
+        else:
+            if self.error is not None:
+                self.error = None
+                self._say("")
+
+    def _say(self, text: str) -> None:
+        if self._line is not None:
+            self._line.value = text
+            self._line.layout.display = "" if text else "none"
+
+
+def error_html(error: BaseException) -> str:
+    """An error as a line for the page, with its next step where it has one."""
+    if isinstance(error, KeyboardInterrupt):
+        return '<div role="alert">interrupted</div>'
+    message, hint = str(error), ""
+    if isinstance(error, MmadaptError):
+        message, hint = error.message, error.hint
+    return (
+        '<div role="alert" style="color:var(--jp-error-color1,#c62828);white-space:pre-wrap;'
+        f'line-height:1.4"><b>{type(error).__name__}</b>: {html.escape(message)}'
+        + (f"<br>Next: {html.escape(hint)}" if hint else "")
+        + "</div>"
+    )
+
+
+def debounced(call: Callable[..., None], delay: float) -> Callable[..., None]:
+    """The function, called when calls to it have paused for `delay` seconds, with the last arguments.
+
+    It runs on the event loop it was called from; where there is none it runs at once.
+    """
+    import asyncio
+
+    waiting: list[Any] = []
+
+    def later(*arguments: Any) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            call(*arguments)
+            return
+        while waiting:
+            waiting.pop().cancel()
+        waiting.append(loop.call_later(delay, call, *arguments))
+
+    return later
+
+
+def ipywidgets() -> Any:
+    """The library, or the line that installs it."""
+    try:
+        import ipywidgets
+    except ImportError as error:
+        raise MissingDependencyError(
+            "live widgets need ipywidgets", "pip install ipywidgets; .figure() works without"
+        ) from error
+    return ipywidgets
+
+
+def _close(widget: Any) -> None:
+    """Close a widget and all it is made of: children, layout and style."""
+    import ipywidgets
+
+    left, seen = [widget], set()
+    while left:
+        own = left.pop()
+        if not isinstance(own, ipywidgets.Widget) or id(own) in seen:
+            continue
+        seen.add(id(own))
+        for name in own.keys:
+            value = getattr(own, name)
+            left += value if isinstance(value, (list, tuple)) else [value]
+        own.close()
