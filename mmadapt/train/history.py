@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,4 +100,13 @@ class History:
         )
 
     def _repr_html_(self) -> str:
-        return f"{curve_svg(self.losses)}<code>{self!r}</code>"
+        last = [
+            f"{name} {value:.4g}" for name, value in (self.evaluations or [(0, {})])[-1][1].items()
+        ]
+        lines = [
+            repr(self),
+            *([f"last evaluation: {', '.join(last)}"] if last else []),
+            *self.notes,
+        ]
+        said = "".join(f"<div><code>{html.escape(text)}</code></div>" for text in lines)
+        return curve_svg(self.losses) + said

@@ -9,24 +9,17 @@ large is saved even by a front end that is told to save it.
 from __future__ import annotations
 
 import html
-import io
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmadapt.core.figure import png
 from mmadapt.errors import MissingDependencyError, MmadaptError
 from mmadapt.train.progress import in_notebook
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-def png_of(figure: Any, dpi: int = 80) -> bytes:
-    """A matplotlib figure as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
 
 
 class View:
@@ -79,7 +72,10 @@ class View:
         return self._text()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        bundle: dict[str, Any] = {"text/plain": self._text(), "image/png": png_of(self.figure())}
+        bundle: dict[str, Any] = {
+            "text/plain": self._text(),
+            "image/png": png(self.figure(), dpi=80),
+        }
         if in_notebook():
             bundle[WIDGET] = {
                 "version_major": 2,

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mmadapt.core.table import Table, count
+from mmadapt.core.table import Table, count, facts
 from mmadapt.errors import ZooError, did_you_mean
 
 
@@ -39,6 +39,16 @@ class Entry:
             f"{self.name}: {self.summary}\n  {count(self.parameters)} parameters, {size / 1e6:.1f} MB, "
             f"licence {self.licence['weights']}\n  load: mmadapt.load({self.name!r})"
         )
+
+    def _repr_html_(self) -> str:
+        shown = {
+            "parameters": count(self.parameters),
+            "files": f"{sum(file['size'] for file in self.files) / 1e6:.1f} MB",
+            "licence": self.licence["weights"],
+            "builder": self.builder,
+            "load": f"mmadapt.load({self.name!r})",
+        }
+        return facts(f"{self.name}: {self.summary}", shown)._repr_html_()
 
 
 def data_folder() -> Path:

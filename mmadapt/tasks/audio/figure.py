@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from mmadapt.tasks.audio.clip import Audio
     from mmadapt.tasks.audio.spectrum import SpectrumFeatures
 
-_COLUMNS = 1200
-
 
 @drawn
 def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
@@ -58,9 +56,9 @@ def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     return figure
 
 
-def envelope(clip: Audio) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Times in seconds, and the lowest and highest sample around each, at most 1200 of them."""
-    count = min(_COLUMNS, len(clip))
+def envelope(clip: Audio, most: int = 1200) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Times in seconds, and the lowest and highest sample around each, at most `most` of them."""
+    count = min(most, len(clip))
     starts = numpy.linspace(0, len(clip), count, endpoint=False).astype(int)
     low = numpy.minimum.reduceat(clip.samples, starts)
     high = numpy.maximum.reduceat(clip.samples, starts)

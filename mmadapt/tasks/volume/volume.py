@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
+from mmadapt.core.figure import png
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment.intensity import check_finite, intensity_range
 from mmadapt.tasks.volume.grid import Grid, oriented_affine, regrid
@@ -172,6 +175,24 @@ class Volume:
         shown = "in its file" if values is None else f"{values.min():g} to {values.max():g}"
         steps = "".join(f", {step.name}" for step in self.history)
         return f"Volume({self.name}: {len(self.array)}×{self.grid}, {shown}{steps})"
+
+    def figure(self, at: Any = None, **options: Any) -> Any:
+        """Three planes through one voxel, as a matplotlib figure: see `planes_figure`."""
+        from mmadapt.tasks.volume.figure import planes_figure
+
+        return planes_figure(self, at, **options)
+
+    def _repr_html_(self) -> str:
+        said = f"<code>{html.escape(repr(self))}</code>"
+        if isinstance(
+            self.array, Stored
+        ):  # compressed files take seconds for a plane across slices
+            return (
+                f"<div>{said}</div><div><small>.figure() reads and draws three planes</small></div>"
+            )
+        picture = base64.b64encode(png(self.figure(), dpi=70)).decode()
+        alt = f"three planes of {html.escape(self.name)}"
+        return f'<div>{said}</div><img alt="{alt}" src="data:image/png;base64,{picture}">'
 
 
 def _as_values(array: Any) -> Any:
