@@ -12,7 +12,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, VERMILION, PINK = "#E69F00", "#D55E00", "#CC79A7"
@@ -64,7 +65,7 @@ def drawn(draw: Callable[P, R]) -> Callable[P, R]:
     def in_style(*args: P.args, **kwargs: P.kwargs) -> R:
         from matplotlib import rc_context
 
-        with rc_context(_style()):
+        with rc_context(_style()):  # type: ignore[arg-type]
             return draw(*args, **kwargs)
 
     return in_style
