@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mmadapt.core.combined import check_sums, check_weight
 from mmadapt.core.compiled import compiled_code_exists
 from mmadapt.core.compose import Composition, Stack, Sum
 from mmadapt.core.context import Choice, Forwards
 from mmadapt.core.installed import Installed
 from mmadapt.core.layer import Layer
 from mmadapt.core.renames import undo_renames
-from mmadapt.core.weighted import Weighted, why_not_weighted
+from mmadapt.core.weighted import Weighted
 from mmadapt.errors import AttachError
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ class Bank(nn.Module):
                 raise AttachError(
                     f"no attachment is named {name!r}", did_you_mean(name, self.records)
                 )
-        self._check_weights(composition)
+        for name, weight in zip(composition.names, composition.weights, strict=True):
+            check_weight(name, weight, self.records[name].layers)
         if isinstance(composition, Stack) or len(composition.names) < 2:
             return
         together: dict[str, list[Layer]] = {}
@@ -207,18 +209,6 @@ class Bank(nn.Module):
             for site, layers in self.records[name].layers.items():
                 together.setdefault(site, []).extend(layers)
         check_sums(together)
-
-    def _check_weights(self, composition: Composition) -> None:
-        for name, weight in zip(composition.names, composition.weights, strict=True):
-            for site, layers in self.records[name].layers.items() if weight not in (0, 1) else ():
-                for layer in layers:
-                    why = why_not_weighted(layer, site)
-                    if why:
-                        raise AttachError(
-                            f"{name!r} cannot have the weight {weight:g}: of {type(layer).__name__} "
-                            f"at {site} there is no part, since {why}",
-                            "its weight is 1 (on) or 0 (off)",
-                        )
 
     def require_grad(self, name: str, active: bool) -> None:
         """Let the parameters of one attachment train, or not; what never trains is a buffer."""
@@ -289,19 +279,6 @@ def _allow_bare_checkpoint(bank: Bank, incompatible: Any) -> None:
     ours = {key for key in missing if BANK in key.split(".")}
     if {key.split(f"{BANK}.", 1)[1] for key in ours} >= set(bank.state_dict()):
         missing[:] = [key for key in missing if key not in ours]
-
-
-def check_sums(layers: dict[str, list[Layer]]) -> None:
-    """Layers that meet at one site and see the same output must each add a change to it."""
-    for site, several in layers.items():
-        around = site.endswith(":around")  # two of them cannot both call the module
-        odd = [type(layer).__name__ for layer in several if around or not layer.additive]
-        if len(several) > 1 and odd:
-            raise AttachError(
-                f"{odd[0]} at {site} does not add a change to its site's output, so a sum with "
-                "another layer has no meaning",
-                'attach them under two names and use mmadapt.Stack("a", "b")',
-            )
 
 
 def backbone_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -41,7 +41,7 @@ def check(m: Any, batch: Any) -> Table:
         hook.fired = False
     tensors = [(key, name, p) for key, name, p in _adaptertensors_in(bank)]
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        total = _total(_call(model, _outside_inference(batch)))
+        total = _total(call(model, _outside_inference(batch)))
         silent = [hook.site.name for hook in hooks if not hook.fired]
         for hook in hooks:
             hook.fired = hook.fired or fired[hook.site.name]
@@ -103,7 +103,8 @@ def _outside_inference(batch: Any) -> Any:
     return _pytree.tree_map(plain, batch)
 
 
-def _call(model: Any, batch: Any) -> Any:
+def call(model: Any, batch: Any) -> Any:
+    """The model called with a tensor, a tuple of arguments, or a dictionary of keywords."""
     if isinstance(batch, dict) or hasattr(batch, "keys"):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

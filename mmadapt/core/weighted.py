@@ -43,10 +43,3 @@ class Weighted:
     def weight(self, weight: Tensor, context: Context, site: SiteView) -> Tensor:
         """Port `weight`."""
         return torch.lerp(weight, self.layer.weight(weight, context, site), self.share)
-
-
-def why_not_weighted(layer: Layer, site: str) -> str:
-    """ "" where a layer's change can be multiplied, else why it cannot."""
-    if site.endswith(":around"):
-        return "it stands in for a call"
-    return "" if layer.additive else "it adds no change to what it finds"
