@@ -13,6 +13,8 @@ wanted = (
     "mmadapt/kernels/__init__.py",
     "mmadapt/kernels/launch.py",
     "mmadapt/kernels/forward.py",
+    "mmadapt/ui/click.css",
+    "mmadapt/ui/click.js",
     "mmadapt/_zoo_data/manifest.json",
     "mmadapt/_zoo_data/tiny/ast/model.safetensors",
     "mmadapt/_zoo_data/tiny/ast/preprocessor_config.json",

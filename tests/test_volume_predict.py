@@ -480,13 +480,13 @@ def test_slices_are_encoded_in_stacks_for_layers_that_look_along_the_depth(
     starts = {*range(0, 14 - length, length // 2), 14 - length}
     stacks = {s: sam.encode_stack(grey[s : s + length], grey=True).embedding for s in starts}
     for z in (0, 13, 6, 7, 2, 11, 6):
-        found = study._encode(z).embedding[0]
+        found = study._encoded.of(z).embedding[0]
         own = [s for s in starts if torch.equal(found, stacks[s][min(max(z - s, 0), length - 1)])]
         assert len(own) == 1
         least = min(length // 4, z, 13 - z)  # neighbours on either side, but at the ends
         assert z - own[0] >= least and own[0] + length - 1 - z >= least
     alone = sam.encode(grey[6], grey=True).embedding[0]
-    assert not torch.allclose(study._encode(6).embedding[0], alone, atol=1e-2)
+    assert not torch.allclose(study._encoded.of(6).embedding[0], alone, atol=1e-2)
 
 
 def test_a_stack_is_encoded_once_and_anew_for_another_adapter() -> None:
@@ -498,11 +498,11 @@ def test_a_stack_is_encoded_once_and_anew_for_another_adapter() -> None:
     study.click((0, 8, 7))
     assert len(runs) == 1
     with mm.disabled(model):
-        bare = study._encode(1).embedding
+        bare = study._encoded.of(1).embedding
     assert len(runs) == 2
     frozen = volumes.SliceSegmenter(BACKBONES["hf_sam"].fresh(), scan())
-    assert torch.equal(bare, frozen._encode(1).embedding)
-    assert not torch.equal(study._encode(1).embedding, bare)
+    assert torch.equal(bare, frozen._encoded.of(1).embedding)
+    assert not torch.equal(study._encoded.of(1).embedding, bare)
 
 
 def stretched(truth: numpy.ndarray) -> Volume:

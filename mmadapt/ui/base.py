@@ -87,20 +87,19 @@ class View:
     # -- what front ends do -----------------------------------------------------------------------
 
     def handler(self, method: Callable[..., Any], delay: float = 0.0) -> Callable[..., None]:
-        """A callback for a widget, of a method of this view.
+        """A callback for a widget, of a method of this view or of one of its parts.
 
         What it raises is shown in the widget and kept in `error`. With a `delay` in seconds it runs
-        once calls have paused for so long, with the arguments of the last. It does not keep the view
-        alive.
+        once calls have paused for so long, with the arguments of the last. It keeps neither the view
+        nor the part alive.
 
             slider.observe(self.handler(self._moved, delay=0.1), "value")
         """
-        held = weakref.WeakMethod(method)
+        held, owner = weakref.WeakMethod(method), weakref.ref(self)
 
         def call(*arguments: Any) -> None:
-            bound = held()
-            if bound is not None:
-                view: View = bound.__self__
+            bound, view = held(), owner()
+            if bound is not None and view is not None:
                 with view._lock, view.shown_errors():
                     bound(*arguments)
 
