@@ -7,7 +7,9 @@ from matplotlib before something is drawn.
 
 from __future__ import annotations
 
+import base64
 import functools
+import html
 import io
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -86,6 +88,12 @@ def png(figure: Any, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def img(data: bytes, alt: str) -> str:
+    """A PNG as HTML that needs nothing beside it, with words for those who cannot see it."""
+    source = base64.b64encode(data).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
 
 
 def cells(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attach import as_adapters, resolve
@@ -120,21 +121,44 @@ def inspect(m: Any, batch: Any = None) -> Table:
     shares = None if batch is None else mean_shares(m, batch)
     columns = ("attachment", "site", "adapter", "parameters", "norm", "values")
     table = Table(columns if shares is None else (*columns, "share"))
-    for name, record in bank.records.items():
-        for key, layer in bank.tensors_of(name):
-            index, _, site = key.partition("/")
-            tensors = list(layer.parameters())
-            norm = sum(float(t.detach().float().square().sum()) for t in tensors) ** 0.5
-            values = "  ".join(f"{k} {v:.4g}" for k, v in layer.describe().items())
-            method = type(record.adapters[int(index)]).__name__
-            size = sum(t.numel() for t in tensors)
-            row = (name, site, method, size, norm, values)
-            table.rows.append(row if shares is None else (*row, shares.get(site)))
+    for one in layers(m):
+        values = "  ".join(f"{k} {v:.4g}" for k, v in one.values.items())
+        row = (one.attachment, one.site, one.adapter, one.parameters, one.norm, values)
+        table.rows.append(row if shares is None else (*row, shares.get(one.site)))
     table.title = (
         f"{type(model).__name__}: {len(bank.records)} attached "
         f"({', '.join(bank.records)}), active: {bank.active!r}"
     )
     return table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of an attachment; its site is "shared" for what the sites of an adapter share."""
+
+    attachment: str
+    site: str
+    adapter: str
+    parameters: int
+    #: of all its parameters together
+    norm: float
+    #: what the layer says of itself, such as gates
+    values: dict[str, float]
+
+
+def layers(m: Any) -> list[LayerReport]:
+    """Every layer of every attachment, in the order they were built."""
+    _, bank = require_bank(m)
+    found = []
+    for name, record in bank.records.items():
+        for key, layer in bank.tensors_of(name):
+            index, _, site = key.partition("/")
+            tensors = list(layer.parameters())
+            norm = sum(float(t.detach().float().square().sum()) for t in tensors) ** 0.5
+            method = type(record.adapters[int(index)]).__name__
+            size = sum(t.numel() for t in tensors)
+            found.append(LayerReport(name, site, method, size, norm, layer.describe()))
+    return found
 
 
 def mean_shares(m: Any, batch: Any) -> dict[str, float]:

@@ -72,3 +72,21 @@ def wave_svg(low: Sequence[float], high: Sequence[float], seconds: float, width:
         f'<text x="2" y="{height - 2}">0</text><text x="{width - 2}" y="{height - 2}" '
         f'text-anchor="end">{seconds:.2f} s</text></svg>'
     )
+
+
+def bars_svg(values: Sequence[float], height: int = 16) -> str:
+    """A bar a value from 0 upwards, in the line of a text; of many the means of neighbours."""
+    points = _thinned(
+        [(place, v if math.isfinite(v) else 0.0) for place, v in enumerate(values)], 60
+    )
+    top = max((v for _, v in points), default=0.0) or 1.0
+    width = 4 if len(points) <= 30 else 2
+    bars = "".join(
+        f'<rect x="{place * width}" y="{height - max(v / top, 0) * height:.1f}" '
+        f'width="{width - 1}" height="{max(v / top, 0) * height:.1f}"/>'
+        for place, (_, v) in enumerate(points)
+    )
+    return (
+        f'<svg width="{width * len(points)}" height="{height}" role="img" aria-label="by layer" '
+        f'style="vertical-align:text-bottom" fill="{BLUE}">{bars}</svg>'
+    )

@@ -33,6 +33,8 @@ class Progress:
         self.total = total
         self.show = show
         self.done = 0
+        #: set by `stop`, and read by whoever makes the steps
+        self.stopping = False
         self._text = ""
         self._curve: Sequence[float] = ()
         self._notes: list[str] = []
@@ -57,6 +59,10 @@ class Progress:
         if self.show and self._bar is None and time.monotonic() - self._last > 0.25:
             self._draw(final=False)
 
+    def stop(self) -> None:
+        """Ask for the end after the present step, from any thread."""
+        self.stopping = True
+
     def note(self, text: str) -> None:
         """Say something once, beside the steps."""
         self._notes.append(text)
@@ -80,6 +86,14 @@ class Progress:
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
         self._last = time.monotonic()
+        bundle = self.bundle(final)
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+    def bundle(self, final: bool) -> dict[str, str]:
+        """What is shown now, as text and HTML; the `final` form has no bar."""
         text = f"{self.label}: {self.done}/{self.total}  {self._text}".rstrip()
         text = "\n".join([text, *self._notes])
         bar = (
@@ -88,12 +102,8 @@ class Progress:
             else f'<progress max="{self.total}" value="{self.done}" style="vertical-align:middle">'
             "</progress> "
         )
-        bundle = {
+        return {
             "text/plain": text,
             "text/html": f"{curve_svg(self._curve)}{bar}<code style='white-space:pre-wrap'>"
             f"{html.escape(text)}</code>",
         }
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)

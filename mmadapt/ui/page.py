@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from pathlib import Path
 from typing import Any
 
-from mmadapt.core.figure import drawn, new_figure, png
+from mmadapt.core.figure import drawn, img, new_figure, png
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
@@ -46,12 +45,9 @@ class Page:
 
     def figure(self, figure: Any, caption: str) -> None:
         """A matplotlib figure, with a caption that also serves those who cannot see it."""
-        data = base64.b64encode(png(figure, dpi=130)).decode()
+        picture = img(png(figure, dpi=130), caption)
         text = html.escape(caption)
-        self._parts.append(
-            f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
+        self._parts.append(f"<figure>{picture}<figcaption>{text}</figcaption></figure>")
 
     def write(self, path: Path) -> Path:
         """Write the file and return its path."""

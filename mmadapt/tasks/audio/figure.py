@@ -22,17 +22,8 @@ def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     """
     figure = new_figure(8, 2.2 if features is None else 4.4)
     panels = figure.subplots(1 if features is None else 2, 1, squeeze=False)[:, 0]
-    times, low, high = envelope(clip)
     wave = panels[0]
-    wave.fill_between(times, low, high, linewidth=0.5, color=BLUE)
-    loud = numpy.maximum(high, -low) >= CLIPPED
-    if loud.any():
-        wave.plot(
-            times[loud], numpy.ones(int(loud.sum())), "|", color=VERMILION, label="full scale"
-        )
-        wave.legend(loc="upper right")
-    wave.set_ylim(-1.05, 1.05)
-    wave.set_ylabel("samples")
+    draw_wave(wave, clip, reach=1.0)
     wave.set_title(repr(clip), loc="left")
     if features is None:
         wave.set_xlim(0, clip.seconds)
@@ -54,6 +45,23 @@ def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     mel.set_xlabel("seconds: what the model sees")
     figure.colorbar(image, ax=mel, label="normalised log energy")
     return figure
+
+
+def draw_wave(axes: Any, clip: Audio, start: float = 0.0, reach: float | None = None) -> None:
+    """A clip's envelope from `start` seconds on, samples at full scale marked.
+
+    From −reach to reach, by default as far as the clip goes.
+    """
+    times, low, high = envelope(clip)
+    axes.fill_between(start + times, low, high, linewidth=0.5, color=BLUE)
+    loud = numpy.maximum(high, -low) >= CLIPPED
+    if loud.any():
+        marks = numpy.full(int(loud.sum()), 1.0)
+        axes.plot(start + times[loud], marks, "|", color=VERMILION, label="full scale")
+        axes.legend(loc="upper right")
+    reach = reach or max(float(high.max()), float(-low.min()), 1e-6)
+    axes.set_ylim(-1.05 * reach, 1.05 * reach)
+    axes.set_ylabel("samples")
 
 
 def envelope(clip: Audio, most: int = 1200) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mmadapt.core.figure import AMOUNT, BLUE, GREY, HEAT, LINES, cells, drawn, new_figure
-from mmadapt.tasks.audio.figure import envelope
+from mmadapt.core.figure import AMOUNT, GREY, HEAT, LINES, cells, drawn, new_figure
+from mmadapt.tasks.audio.figure import draw_wave
 from mmadapt.tasks.tagging import metrics
 
 if TYPE_CHECKING:
@@ -97,21 +97,28 @@ def timeline(tags: Tags, count: int = 6) -> Any:
     """A clip's wave over the probabilities of its likeliest classes, window by window."""
     figure = new_figure(8, 2.6 + 0.22 * count)
     wave, map_ = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
-    times, low, high = envelope(tags.clip)
-    wave.fill_between(times, low, high, linewidth=0.5, color=BLUE)
-    wave.set_ylabel("samples")
-    peak = max(float(numpy.abs(tags.clip.samples).max()), 1e-6)
-    wave.set_ylim(-1.05 * peak, 1.05 * peak)
-    chosen = numpy.argsort(-tags.each.max(0), kind="stable")[:count]
+    draw_wave(wave, tags.clip)
+    draw_classes(map_, tags, count)
+    map_.set_xlim(0, tags.clip.seconds)
+    map_.set_xlabel("seconds")
+    return figure
+
+
+def draw_classes(axes: Any, tags: Tags, count: int = 6) -> None:
+    """The probabilities of a clip's likeliest classes along time, window by window."""
+    chosen = likeliest(tags, count)
     starts = numpy.array(tags.starts)
     middles = starts + tags.seconds / 2
     edges = numpy.concatenate([[starts[0]], (middles[1:] + middles[:-1]) / 2, [tags.clip.seconds]])
-    image = map_.pcolormesh(
+    image = axes.pcolormesh(
         edges, numpy.arange(len(chosen) + 1), tags.each[:, chosen].T, cmap=AMOUNT, vmin=0, vmax=1
     )
-    map_.set_yticks(numpy.arange(len(chosen)) + 0.5, [tags.names[k] for k in chosen], fontsize=8)
-    map_.invert_yaxis()
-    map_.set_xlim(0, tags.clip.seconds)
-    map_.set_xlabel("seconds")
-    figure.colorbar(image, ax=map_, label="probability")
-    return figure
+    axes.set_yticks(numpy.arange(len(chosen)) + 0.5, [tags.names[k] for k in chosen])
+    axes.invert_yaxis()
+    bar = axes.figure.colorbar(image, ax=axes, label="probability", pad=0.01)
+    bar.outline.set_visible(False)
+
+
+def likeliest(tags: Tags, count: int) -> list[int]:
+    """The classes that are likeliest in some window."""
+    return [int(k) for k in numpy.argsort(-tags.each.max(0), kind="stable")[:count]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from mmadapt.core.figure import png
+from mmadapt.core.figure import img, png
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment.intensity import check_finite, intensity_range
 from mmadapt.tasks.volume.grid import Grid, oriented_affine, regrid
@@ -190,9 +189,7 @@ class Volume:
             return (
                 f"<div>{said}</div><div><small>.figure() reads and draws three planes</small></div>"
             )
-        picture = base64.b64encode(png(self.figure(), dpi=70)).decode()
-        alt = f"three planes of {html.escape(self.name)}"
-        return f'<div>{said}</div><img alt="{alt}" src="data:image/png;base64,{picture}">'
+        return f"<div>{said}</div>" + img(png(self.figure(), 70), f"three planes of {self.name}")
 
 
 def _as_values(array: Any) -> Any:
