@@ -53,9 +53,8 @@ class ImageScene:
 
     def show(self, plane: int) -> dict[str, Any]:
         """Title, letters, slice and its count, a pixel's width and height, points and boxes."""
-        height, width = self.study.size
         return {
-            "title": f"{width} × {height}",
+            "title": "",
             "letters": ["", "", "", ""],
             "slice": 0,
             "slices": 1,

@@ -67,7 +67,7 @@ class MixView(Settings):
         self.values = {}
         self.change(**self._in_force())
         if self._widget is not None:  # other attachments have other sliders
-            self._widget.children = (self._build(), self._line)
+            self._widget.children = (self._build(), *self._widget.children[1:])
 
     def _in_force(self) -> dict[str, float]:
         _, bank = require_bank(self.model)

@@ -42,7 +42,7 @@ class Bar:
             min=low,
             max=high,
             step=(high - low) / 200,
-            readout_format=".4g",
+            readout_format=".0f" if high - low > 50 else ".3g",
             layout={"width": "340px", "display": "" if view.scene.range else "none"},
             style={"description_width": "auto"},
         )

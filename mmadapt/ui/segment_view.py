@@ -166,6 +166,7 @@ class SegmentView(View):
                 step()
             for part in self._parts:
                 part.refresh()
+        self.changed()
 
     @property
     def attached(self) -> bool:

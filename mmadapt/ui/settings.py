@@ -66,6 +66,7 @@ class Settings(View):
             self._computed(wanted)
             self.values = wanted
             self._follow()
+            self.changed()
 
     # -- the widget ---------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import html
 import threading
 import time
@@ -63,6 +64,7 @@ class LiveRun:
         self._beside: Any = None
         self._call = (m, data, {**options, "progress": self._frame})
         self._thread = threading.Thread(target=self._run, name="mmadapt live", daemon=True)
+        self._ending = functools.partial(_end, self._frame, self._thread)
 
     @property
     def running(self) -> bool:
@@ -102,7 +104,7 @@ class LiveRun:
             self._frame._draw(final=False)  # in this cell; the thread brings it up to date
             self._show_button()
         self._thread.start()
-        atexit.register(_end, self._frame, self._thread)
+        atexit.register(self._ending)
 
     def _run(self) -> None:
         m, data, options = self._call
@@ -114,7 +116,7 @@ class LiveRun:
                 self._frame._draw(final=True)
         finally:
             self._hide_button()
-            atexit.unregister(_end)
+            atexit.unregister(self._ending)
             self._call = (None, None, {})  # the data may go
 
     # -- the button, which is no part of what is saved --------------------------------------------------

@@ -49,6 +49,11 @@ class Group:
     adapter: str
     layers: list[LayerReport] = field(default_factory=list)
 
+    @property
+    def places(self) -> set[str]:
+        """Its sites; none for what sites share, which has no place of its own."""
+        return {one.site for one in self.layers if ":" in one.site}
+
 
 class TreeView(View):
     """What `mm.ui.inspect` gives."""
@@ -78,7 +83,7 @@ class TreeView(View):
         if self.batch is not None and bank.acting:
             self.shares = mean_shares(self.model, self.batch)
         if self._widget is not None:
-            self._widget.children = (self._build(), self._line)
+            self._widget.children = (self._build(), *self._widget.children[1:])
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -102,6 +107,7 @@ class TreeView(View):
         kept = [weights.get(name) or 1.0 for name in chosen]
         set_active(self.model, type(now)(*chosen, weights=kept) if chosen else Sum())
         self._follow()
+        self.changed()
 
     @property
     def resting(self) -> list[str]:
@@ -113,6 +119,7 @@ class TreeView(View):
         _, bank = require_bank(self.model)
         bank.rest(sites_at(bank, patterns) if patterns else frozenset())
         self._follow()
+        self.changed()
 
     def table(self) -> Table:
         """A row a layer, as `mm.inspect` has it."""
@@ -196,10 +203,16 @@ class TreeView(View):
 
     def _rested(self, change: Any) -> None:
         if not self._following:
-            off = [g for g, switch, _, _ in self._rows.values() if not switch.value]
-            patterns = dict.fromkeys(g.pattern for g in off if ":" in g.pattern)
+            _, bank = require_bank(self.model)
+            resting = set(bank.resting)
+            for group, switch, _, _ in self._rows.values():
+                own = group.places
+                if not switch.value:
+                    resting |= own
+                elif own <= resting:  # else only some of its sites rest, as was chosen elsewhere
+                    resting -= own
             try:
-                self.resting = list(patterns)
+                bank.rest(frozenset(resting))
             finally:
                 self._follow()
 
@@ -223,10 +236,8 @@ class TreeView(View):
             for name, check in self._checks.items():
                 check.value = name in now
             for group, switch, _, _ in self._rows.values():
-                switch.value = not {one.site for one in group.layers} <= resting or not resting
-                switch.disabled = (
-                    ":" not in group.pattern
-                )  # what sites share has no place of its own
+                switch.value = not group.places or not group.places <= resting
+                switch.disabled = not group.places
         finally:
             self._following = False
 
