@@ -93,7 +93,8 @@ def png(figure: Any, dpi: int = 110) -> bytes:
 def img(data: bytes, alt: str) -> str:
     """A PNG as HTML that needs nothing beside it, with words for those who cannot see it."""
     source = base64.b64encode(data).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
+    style = "max-width:100%"
+    return f'<img style="{style}" alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
 
 
 def cells(

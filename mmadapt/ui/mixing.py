@@ -107,7 +107,8 @@ class MixView(Settings):
                 continue
             controls[name] = widgets.FloatSlider(
                 value=weight, min=min(low, weight), max=max(high, weight), step=(high - low) / 50,
-                description=name, continuous_update=False, style={"description_width": "initial"},
+                description=name, continuous_update=False,
+                style={"description_width": "9em"}, layout={"width": "32em"},
             )  # fmt: skip
         return controls
 
@@ -122,7 +123,7 @@ class MixView(Settings):
     def figure(self) -> Any:
         """The weights as bars, beside the output."""
         names, weights = list(self.values), list(self.values.values())
-        figure = new_figure(8, max(1.6, 0.4 * len(names) + 1.0, 2.6))
+        figure = new_figure(8, max(0.35 * len(names) + 0.8, 1.6))
         bars, output = figure.subplots(1, 2, width_ratios=(1, 2))
         bars.barh(names, weights, color=BLUE, height=0.6)
         bars.set_xlim(min(self.limits[0], *weights), max(self.limits[1], *weights))

@@ -98,7 +98,8 @@ class Settings(View):
         try:
             for name, control in self._controls_made.items():
                 _put(control, self.values[name])
-            self._output.value = self._html()
+            # a widget's own lines are as high as its buttons
+            self._output.value = f'<div style="line-height:1.35">{self._html()}</div>'
         finally:
             self._following = False
 

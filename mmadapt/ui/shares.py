@@ -102,10 +102,10 @@ class SharesView(Settings):
             if (grid := self.found.grid(site)) is not None
         }
         if grids and self.seconds is None and self.tokens is None:
-            return self._pictures(_spread(grids, _PICTURES))
+            return self._patches(_spread(grids, _PICTURES))
         return self._lines()
 
-    def _pictures(self, grids: dict[str, numpy.ndarray]) -> Any:
+    def _patches(self, grids: dict[str, numpy.ndarray]) -> Any:
         """One picture a site, all on one scale."""
         columns = min(4, len(grids))
         rows = -(-len(grids) // columns)
@@ -139,7 +139,7 @@ class SharesView(Settings):
             _SITES,
         )
         width = max(len(values) for values in shown.values())
-        texts = [] if self.tokens is None else [str(text) for text in self.tokens[self.row]]
+        texts = [] if self.tokens is None else [_visible(text) for text in self.tokens[self.row]]
         if texts:
             width = min(width, _TOKENS)
         figure = new_figure(
@@ -150,13 +150,19 @@ class SharesView(Settings):
         for place, own in enumerate(shown.values()):
             values[place, : len(own)] = own[:width]
         names = [site.rpartition(":")[0] for site in shown]
-        image = cells(axes, values, names, texts[:width], "share", (0, None), AMOUNT, slant=60)
+        slant = 60 if max(map(len, texts), default=0) > 2 else 0
+        image = cells(axes, values, names, texts[:width], "share", (0, None), AMOUNT, slant=slant)
         axes.set_xlabel("token" if texts else "position")
         if self.seconds is not None:
             image.set_extent((0, self.seconds[self.row], len(shown) - 0.5, -0.5))
             axes.set_xlim(0, self.seconds[self.row])
             axes.set_xlabel("seconds")
         return figure
+
+
+def _visible(text: Any) -> str:
+    """A token as it can be seen: spaces and line ends too."""
+    return str(text).replace(" ", "␣").replace("\n", "⏎") or "∅"
 
 
 def _spread(values: dict[str, Any], most: int) -> dict[str, Any]:

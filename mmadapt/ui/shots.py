@@ -45,7 +45,7 @@ def few_shot(
     `mm.ClipAdapter`, there is its ratio too. `names` say what the test images are, for the table.
 
     State is plain data that may be assigned: `shots`, `residual` (α), `sharpness` (β), `ratio`. Read
-    `accuracy`, `zero_shot`, `predictions`, `confusion` and `changed`. Raises `DataError` for what does
+    `accuracy`, `zero_shot`, `predictions`, `confusion` and `differences`. Raises `DataError` for what does
     not fit; `few_shot.CachedShots` is what computes.
 
         w = mm.ui.few_shot(train, train_labels, test, test_labels, classifier)
@@ -104,7 +104,7 @@ class ShotsView(Settings):
         return pairs.bincount(minlength=size * size).reshape(size, size).numpy()
 
     @property
-    def changed(self) -> Table:
+    def differences(self) -> Table:
         """Test images whose class is no longer that of zero-shot, the most changed first."""
         before, after = self.cached.zero_shot.softmax(1), self.logits.softmax(1)
         moved = (before.argmax(1) != after.argmax(1)).nonzero().flatten()
@@ -154,8 +154,8 @@ class ShotsView(Settings):
         return controls
 
     def _html(self) -> str:
-        changed = self.changed
-        changed.rows = changed.rows[:8]
+        rows = self.differences
+        rows.rows = rows.rows[:8]
         gain = 100 * (self.accuracy.accuracy - self.zero_shot.accuracy)
         said = (
             f'<div style="font-size:1.3em"><b>{100 * self.accuracy.accuracy:.1f} %</b> '
@@ -165,7 +165,7 @@ class ShotsView(Settings):
         matrix = confusion_html(self.confusion, self.cached.names) if small else ""
         return (
             f'{said}<div style="display:flex;flex-wrap:wrap;gap:2em"><div>{matrix}</div>'
-            f"<div>{changed._repr_html_()}</div></div>"
+            f"<div>{rows._repr_html_()}</div></div>"
         )
 
     def _text(self) -> str:

@@ -46,4 +46,8 @@ def draw(axes: Any, value: Any) -> None:
         return
     shown = as_text(value).splitlines() or [""]
     lines = [line[:90] for line in shown[:16]] + ["…"] * (len(shown) > 16)
-    axes.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8, parse_math=False)
+    short = len(lines) < 3 and max(map(len, lines)) < 40
+    axes.text(
+        0, 1, "\n".join(lines), va="top", family="monospace", fontsize=14 if short else 8,
+        parse_math=False,
+    )  # fmt: skip

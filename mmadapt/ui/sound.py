@@ -36,8 +36,8 @@ def audio(heard: Audio | Tags | Transcript, clip: Audio | None = None, said: str
 
     `heard` is an `audio.Audio`; or `tagging.Tags`, whose likeliest classes stand along time; or an
     `asr.Transcript` with its `clip`, whose words do. With `said`, what was really said, words are
-    aligned with it: S replaced, I added, D missing. `mel` draws the log-mel spectrum at 16 kHz, which
-    needs torchaudio.
+    aligned with it: S replaced, I added, D missing. `mel` draws the log-mel spectrum, up to half the
+    clip's rate, which needs torchaudio.
 
     `span` is what is seen and heard, (start, end) in seconds, and may be assigned: the sliders and the
     list of words set it. At most 30 seconds are put into the page to be heard.
@@ -187,9 +187,9 @@ class AudioView(Settings):
         from mmadapt.tasks.audio import SpectrumFeatures
 
         start, end = self.span
-        part = self.part.resampled(16_000)
+        part = self.part
         frames = max(math.ceil(part.seconds * 100) + 2, 4)
-        features = SpectrumFeatures(frames=frames, bins=64, mean=0.0, std=0.5)
+        features = SpectrumFeatures(frames=frames, bins=64, mean=0.0, std=0.5, rate=part.rate)
         batch = features.batch([part])
         heard = batch.inputs["input_values"][0][: int(batch.lengths[0])].numpy()
         decibels = heard * 10 / math.log(10)

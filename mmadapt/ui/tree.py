@@ -220,7 +220,7 @@ class TreeView(View):
         for group, _, opened, below in self._rows.values():
             opened.description = "▾" if opened.value else "▸"
             if opened.value and not below.value:
-                below.value = self._sites_html(group)
+                below.value = f'<div style="line-height:1.35">{self._sites_html(group)}</div>'
             elif not opened.value:
                 below.value = ""
 
