@@ -24,7 +24,7 @@ INK, GREY, FAINT = "#1c2330", "#8a94a3", "#d5dae1"
 
 #: lines and bars, on white
 LINES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
-#: areas over pictures in grey; in this order neighbours differ in lightness too
+#: areas over pictures in grey, bright ones first
 TINTS = (ORANGE, SKY, PINK, GREEN, YELLOW, BLUE, VERMILION)
 
 #: colour maps: of shares and other amounts, of numbers with a sign, of spectra and heat

@@ -184,8 +184,11 @@ class AudioView(Settings):
         draw_wave(axes, self.part, self.span[0])
 
     def _draw_mel(self, axes: Any) -> None:
+        from matplotlib import colormaps
+
         from mmadapt.tasks.audio import SpectrumFeatures
 
+        colours = colormaps[HEAT].resampled(24)  # noise in fine shades would make large files
         start, end = self.span
         part = self.part
         frames = max(math.ceil(part.seconds * 100) + 2, 4)
@@ -194,7 +197,7 @@ class AudioView(Settings):
         heard = batch.inputs["input_values"][0][: int(batch.lengths[0])].numpy()
         decibels = heard * 10 / math.log(10)
         image = axes.imshow(
-            decibels.T, HEAT, origin="lower", aspect="auto", extent=(start, end, 0, 64),
+            decibels.T, colours, origin="lower", aspect="auto", extent=(start, end, 0, 64),
             vmin=max(float(decibels.min()), float(decibels.max()) - 80),
         )  # fmt: skip
         axes.set_ylabel("mel bins")
