@@ -67,10 +67,13 @@ class ImageScene:
         }
 
     def click(self, plane: int, x: float, y: float, label: int) -> None:
+        """A click on the picture."""
         self.study.click(self._own(x, y), label)
 
-    def box(self, plane: int, x1: float, y1: float, x2: float, y2: float) -> None:
-        self.study.set_box((*self._own(x1, y1), *self._own(x2, y2)))
+    def box(self, plane: int, one: Sequence[float], other: Sequence[float]) -> None:
+        """A box between two corners."""
+        (x1, x2), (y1, y2) = map(sorted, zip(self._own(*one), self._own(*other), strict=True))
+        self.study.set_box((x1, y1, x2, y2))
 
     def click_at(self, place: Sequence[float], label: int) -> None:
         """A click (x, y) in the image's own pixels."""

@@ -41,11 +41,15 @@ class Canvas:
         self.view = view
         self.widget = _widget_class()()
         self.widget.on_msg(view.handler(self._received))
-        self._sent: dict[int, Any] = {}
+        self._sent: dict[int, Any] | None = (
+            None  # the picture of each plane; None before a page is there
+        )
         self._answers: str | None = None
 
     def refresh(self) -> None:
         """Send masks, and of the pictures those that changed."""
+        if self._sent is None:
+            return
         scene, planes, buffers = self.view.scene, [], []
         for plane in range(scene.planes):
             shown = scene.show(plane)
@@ -79,17 +83,25 @@ class Canvas:
 
     def _do(self, content: dict[str, Any]) -> None:
         view, scene, kind = self.view, self.view.scene, content.get("kind")
-        if kind == "ready":
-            self._sent.clear()
-            view.change(lambda: None)
-        elif kind == "click":
-            label = 0 if view.beside else int(content["label"])
-            view.change(lambda: scene.click(content["plane"], *content["at"], label))
-        elif kind == "box":
-            view.change(lambda: scene.box(content["plane"], *content["box"]))
-        elif kind == "scroll":
-            view.change(lambda: scene.scroll(content["plane"], content["slice"]))
-        elif kind == "undo":
-            view.undo()
-        else:
+        steps = {
+            "ready": self._begin,
+            "scroll": lambda: scene.scroll(content["plane"], content["slice"]),
+            "click": lambda: self._prompt(content, "click", 0 if view.beside else content["label"]),
+            "box": lambda: self._prompt(content, "box"),
+            "undo": view.study.undo,
+        }
+        if kind not in steps:
             raise DataError(f"the page sent {content!r}, which means nothing here")
+        view.change(steps[kind])
+
+    def _begin(self) -> None:
+        self._sent = {}
+
+    def _prompt(self, content: dict[str, Any], kind: str, *label: int) -> None:
+        scene, plane = self.view.scene, content["plane"]
+        if scene.planes > 1:  # on the slice that was seen, others may have been scrolled to since
+            scene.scroll(plane, content["slice"])
+        if kind == "box":
+            scene.box(plane, *content["corners"])
+        else:
+            scene.click(plane, *content["at"], *label)

@@ -127,14 +127,16 @@ class VolumeScene:
         self.limits = intensity_range(None, *limits)
 
     def click(self, plane: int, x: float, y: float, label: int) -> None:
+        """A click on a plane, which the other planes then go through."""
         voxel = self._planes[plane].voxel(x, y, self.at)
         self.study.click(self._original(voxel), label)
         self.move(
             [min(max(round(v), 0), n - 1) for v, n in zip(voxel, self.volume.size, strict=True)]
         )
 
-    def box(self, plane: int, x1: float, y1: float, x2: float, y2: float) -> None:
-        ends = numpy.array([self._planes[plane].voxel(*p, self.at) for p in ((x1, y1), (x2, y2))])
+    def box(self, plane: int, one: Sequence[float], other: Sequence[float]) -> None:
+        """A box between two corners on a plane, one voxel deep."""
+        ends = numpy.array([self._planes[plane].voxel(x, y, self.at) for x, y in (one, other)])
         first, last = numpy.rint(ends.min(0)), numpy.rint(ends.max(0)) + 1  # last ones not included
         grid, corners = self.volume.original, numpy.array([first, last]) - 0.5
         moved = grid.to_voxel(self.volume.grid.to_mm(corners)) + 0.5

@@ -53,7 +53,7 @@ class Notebook {
   async open(kernel = true) {
     const { base, front, token } = this.given;
     const place = front === "lab" ? "lab/tree" : "notebooks";
-    await this.page.goto(`${base}/${place}/${this.given.path}?token=${token}`, { waitUntil: "domcontentloaded" });
+    await this.page.goto(`${base}/${place}/${this.given.path}?token=${token}&reset`, { waitUntil: "domcontentloaded" });
     await this.page.waitForSelector(".jp-Notebook .jp-CodeCell", { timeout: WAIT });
     if (kernel) await this.idle();
   }
