@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -158,3 +159,27 @@ def test_sites_where_nothing_is_attached_cannot_rest(model: nn.Module, at: str) 
     with pytest.raises(mm.errors.SiteError), mm.disabled(model, at=at):
         pass
     assert torch.equal(run(model), before)
+
+
+def test_compiled_code_sees_weights_and_sites_that_rest(model: nn.Module) -> None:
+    _two(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for choose in (
+        lambda: mm.set_active(model, mm.Sum("a", "b", weights=(0.5, 2))),
+        lambda: mm.set_active(model, mm.Sum("a", "b", weights=(0.25, 2))),
+        lambda: bank_of(model).rest(frozenset({"vision.layers[0].mlp:out"})),  # type: ignore[union-attr]
+        lambda: mm.set_active(model, "b"),
+    ):
+        choose()
+        assert_close((run(compiled),), (run(model),), 1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_copy_keeps_weights_and_resting_sites(model: nn.Module) -> None:
+    _two(model)
+    mm.set_active(model, mm.Sum("a", "b", weights=(0.5, 2)))
+    with mm.disabled(model, at="vision.layers[1].mlp"):
+        copied = copy.deepcopy(model)
+        assert torch.equal(run(copied), run(model))
+        mm.set_active(copied, "b")
+        assert differ((run(copied),), (run(model),))
