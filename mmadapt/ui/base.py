@@ -2,8 +2,8 @@
 
 A view is ordinary Python data with a figure; it works without a notebook and without ipywidgets. Its
 widgets are made when a notebook first shows it. Beside them the notebook keeps a picture, hidden while
-they live, that follows the state; who opens the saved file sees it, with or without a kernel. Pixels are
-never part of a widget's state, so that nothing large is saved even by a front end told to save it.
+they live, that follows the state; who opens the saved file sees it, with or without a kernel. Pixels of a
+canvas are no widget's state, so that nothing large is saved even by a front end told to save it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class View:
     `_text()` is its plain twin, a few lines. `figure()` is a matplotlib figure of the state as it is.
     `_build()` makes the ipywidgets widget, once, when it is first shown; its callbacks go through
     `handler`, so that an error is shown below the widget and the kernel lives on. Assigning state from
-    Python raises as usual, and ends with `changed()`. `error` is what was shown last, to be raised for its traceback.
+    Python raises as usual, and ends with `changed()`. `error` is what was shown last, to be raised for
+    its traceback.
     """
 
     def __init__(self) -> None:
@@ -124,9 +125,9 @@ class View:
     def handler(self, method: Callable[..., Any], delay: float = 0.0) -> Callable[..., None]:
         """A callback for a widget, of a method of this view or of one of its parts.
 
-        What it raises is shown in the widget and kept in `error`; then the saved picture follows. With a `delay` in seconds it runs
-        once calls have paused for so long, with the arguments of the last. It keeps neither the view
-        nor the part alive.
+        What it raises is shown in the widget and kept in `error`; then the saved picture follows. With
+        a `delay` in seconds it runs once calls have paused for so long, with the arguments of the last.
+        It keeps neither the view nor the part alive.
 
             slider.observe(self.handler(self._moved, delay=0.1), "value")
         """

@@ -76,10 +76,8 @@ class Bar:
                 self.candidate.value = view.candidate
             if view.scene.range is not None:
                 low, high = view.window
-                self.window.max, self.window.min = (
-                    max(high, self.window.max),
-                    min(low, self.window.min),
-                )
+                self.window.max = max(high, self.window.max)
+                self.window.min = min(low, self.window.min)
                 self.window.value = low, high
             self.status.value = f"<small>{html.escape(view.status())}</small>"
         finally:

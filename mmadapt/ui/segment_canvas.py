@@ -41,9 +41,8 @@ class Canvas:
         self.view = view
         self.widget = _widget_class()()
         self.widget.on_msg(view.handler(self._received))
-        self._sent: dict[int, Any] | None = (
-            None  # the picture of each plane; None before a page is there
-        )
+        # which picture of each plane the page has; None before there is a page
+        self._sent: dict[int, Any] | None = None
         self._answers: str | None = None
 
     def refresh(self) -> None:

@@ -3,7 +3,7 @@
     apt-get install chromium; npm install --prefix DIR playwright-core
     NODE_PATH=DIR/node_modules pytest -n 0 -m browser tests/browser
 
-A widget has a scenario `NAME.mjs`, which does what a person would, and `test_NAME.py`, which writes the
+A widget has a scenario `NAME.mjs`, which does what a person would, and `test_browser_NAME.py`, which writes the
 notebook and checks what was seen. `MMADAPT_SHOTS=DIR` keeps pictures of the widgets.
 """
 

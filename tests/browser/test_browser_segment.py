@@ -93,7 +93,7 @@ def test_a_volume_is_scrolled_and_clicked(drive: Any, notebook: Any) -> None:
         ball=BALL,
     )
     seen = drive("volume.mjs", path, at=(32, 24), slice=9)
-    assert seen["titles"][0] == "axial z = 6 of 0–11 S 30.0 mm"
+    assert seen["titles"][0] == "axial   z = 6 of 0–11   S 30.0 mm"
     # the ball, which is white, under 0.4 of #E69F00; the model may miss no pixel of its middle
     assert seen["pixel"][2] < 0.75 * seen["pixel"][0]
     assert int(seen["propagated"]) > int(seen["clicked"]) > 50
