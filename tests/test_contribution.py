@@ -181,8 +181,8 @@ def test_updates_are_the_relative_changes_of_weights(model: nn.Module) -> None:
     found = updates(model)
     assert set(found) == {("a", site) for site in attachment.sites if site.endswith(":weight")}
     layer = attachment.layers["0/vision.layers[0].attn.q:weight"]
-    whole = module_at(model, "vision.layers[0].attn.q:weight").in_proj_weight
-    change = layer.scale * layer.b @ layer.a
+    whole = module_at(model, "vision.layers[0].attn.q:weight").in_proj_weight.detach()
+    change = (layer.scale * layer.b @ layer.a).detach()
     expected = float(change.norm() / whole[: len(whole) // 3].norm())
     assert found["a", "vision.layers[0].attn.q:weight"] == pytest.approx(expected, rel=1e-4)
     mm.detach(model)

@@ -11,6 +11,7 @@ import base64
 import functools
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -106,11 +107,13 @@ def cells(
     limits: tuple[float | None, float | None] = (None, None),
     colours: str = AMOUNT,
     write: str = "",
+    least: float = -math.inf,
     slant: float = 0,
 ) -> Any:
-    """A grid of numbers (R, C) as coloured cells with a scale, each written out by the format `write`.
+    """A grid of numbers (R, C) as coloured cells with a scale, written out by the format `write`.
 
-    Too small cells are not written, nor are NaN. Returns the image.
+    Numbers below `least` are not written, nor are NaN, nor those of more than 400 cells. Returns the
+    image.
     """
     import numpy
 
@@ -126,7 +129,7 @@ def cells(
         if names:
             set_ticks(range(len(names)), names, **turned)
     if write and array.size <= 400:
-        for place in zip(*numpy.nonzero(numpy.isfinite(array)), strict=True):
+        for place in zip(*numpy.nonzero(array >= least), strict=True):
             text = format(array[place], write)
             red, green, blue, _ = image.cmap(image.norm(array[place]))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5

@@ -59,8 +59,8 @@ def confusion_matrix(scores: Scores) -> Any:
     size = 2.2 + 0.36 * len(names)
     figure = new_figure(size + 0.6, size)
     axes = figure.add_subplot()
-    shown = numpy.where(share >= 0.5, share, numpy.nan)
-    cells(axes, shown, names, names, "% of the class's clips", (0, 100), write=".0f", slant=60)
+    label = "% of the class's clips"
+    cells(axes, share, names, names, label, (0, 100), write=".0f", least=0.5, slant=60)
     axes.set_xlabel("taken for")
     axes.set_ylabel("it was")
     axes.set_title(f"{100 * scores.accuracy:.1f} % of {len(scores)} clips", loc="left")
