@@ -162,10 +162,11 @@ def test_a_backbone_is_a_table_of_facts() -> None:
     assert "sketch; active: Sum(&#x27;sketch&#x27;)" in clip._repr_html_()
 
 
-def test_an_entry_of_the_zoo_is_a_table_of_facts() -> None:
-    shown = mm.zoo.entry("tiny/clip")._repr_html_()
-    assert "mmadapt.load(&#x27;tiny/clip&#x27;)" in shown
-    assert "Apache-2.0" in shown
+def test_what_the_zoo_lists_is_rich_and_plain() -> None:
+    entries, entry = mm.zoo.list(), mm.zoo.entry("tiny/clip")
+    for shown in (repr(entries), entries._repr_html_(), repr(entry), entry._repr_html_()):
+        assert "tiny/clip" in shown
+        assert "Apache-2.0" in shown
 
 
 def test_a_long_table_leaves_out_its_middle() -> None:
