@@ -5,23 +5,16 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from peer_files import IMAGE, PEERS, SIZE, distance, fill, outputs, part
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mmadapt as mm
 
-PEERS = Path(__file__).parent / "peers"
 FILES = PEERS / "adapterhub"
-SIZE = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
-IMAGE = {"image_size": 16, "patch_size": 8}
 TEXT = {
     "vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 21, "eos_token_id": 22,
     "pad_token_id": 23,
@@ -40,11 +33,7 @@ def saved() -> dict[str, Tensor]:
     return load_file(PEERS / "adapterhub_files.safetensors")
 
 
-def part(saved: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-
-
-def backbone(kind: str, saved: dict[str, Tensor], **more: Any) -> Any:
+def backbone(kind: str, saved: dict[str, Tensor]) -> Any:
     """Today's class of transformers with the weights that AdapterHub's release had."""
     import transformers as t
 
@@ -56,37 +45,11 @@ def backbone(kind: str, saved: dict[str, Tensor], **more: Any) -> Any:
         model = t.CLIPModel(config)
     else:
         model = t.WhisperModel(t.WhisperConfig(**WHISPER))
-    fill(model, part(saved, f"{kind} backbone."))
-    return model.eval()
+    return fill(model, part(saved, f"{kind} backbone."))
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load what transformers 4 called by its old names."""
-    for old, new in (
-        (r"encoder\.layer\.", "layers."),
-        (r"attention\.attention\.(\w)\w+", r"attention.\1_proj"),
-        (r"attention\.output\.dense", "attention.o_proj"),
-        (r"intermediate\.dense", "mlp.fc1"),
-        (r"(layers\.\d+)\.output\.dense", r"\1.mlp.fc2"),
-    ):
-        weights = {re.sub(old, new, key): value for key, value in weights.items()}
-    unplaced = model.load_state_dict(weights, strict=False)
-    assert not unplaced.unexpected_keys
-    assert all("position_ids" in key or "classifier" in key for key in unplaced.missing_keys)
-
-
-def outputs(kind: str, model: Any, saved: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        given = model(**part(saved, f"{kind} batch."))
-    if "logits" in given:
-        return given.logits
-    if "image_embeds" in given:
-        return torch.stack([given.text_embeds, given.image_embeds])
-    return given.last_hidden_state
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+def outputs_of(kind: str, model: Any, saved: dict[str, Tensor]) -> Tensor:
+    return outputs(model, **part(saved, f"{kind} batch."))
 
 
 # -- what it computes -------------------------------------------------------------------------------
@@ -99,11 +62,11 @@ def test_an_adapter_computes_what_adapterhub_did(
 ) -> None:
     model = backbone(kind, saved)
     bare = saved[f"{kind} bare"]
-    assert distance(outputs(kind, model, saved), bare) < 5e-6
+    assert distance(outputs_of(kind, model, saved), bare) < 5e-6
     attachment = mm.load_adapter(model, FILES / f"{kind}_{config}.zip")
     assert attachment.name == "mine"
     expected = saved[f"{kind} {config}"]
     assert distance(bare, expected) > 0.05
-    assert distance(outputs(kind, model, saved), expected) < 5e-6
+    assert distance(outputs_of(kind, model, saved), expected) < 5e-6
     mm.detach(model)
-    assert distance(outputs(kind, model, saved), bare) < 5e-6
+    assert distance(outputs_of(kind, model, saved), bare) < 5e-6

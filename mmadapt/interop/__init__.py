@@ -8,6 +8,7 @@ from mmadapt.interop.llama_adapter import read_llama_adapter, write_llama_adapte
 from mmadapt.interop.mms import mms_adapters, read_mms, write_mms
 from mmadapt.interop.mms_layout import MMSFile, mms_file
 from mmadapt.interop.peft import read_peft
+from mmadapt.interop.peft_writing import write_peft
 from mmadapt.interop.sam_checkpoint import read_med_sa, read_sam_med2d
 from mmadapt.interop.three_d_sam import read_three_d_sam
 
@@ -25,4 +26,5 @@ __all__ = [
     "read_three_d_sam",
     "write_llama_adapter",
     "write_mms",
+    "write_peft",
 ]

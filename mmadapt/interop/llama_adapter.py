@@ -103,7 +103,7 @@ def write_llama_adapter(
 def _read_peft(
     m: Any, folder: Path, name: str, activation: str | None, replace: bool
 ) -> ForeignFile:
-    config = read_json(folder / CONFIG)
+    config: dict[str, Any] = read_json(folder / CONFIG)
     if config.get("peft_type") != "ADAPTION_PROMPT":
         raise AdapterFileError(
             f"{folder} holds PEFT's {config.get('peft_type')!r}, expected 'ADAPTION_PROMPT'"

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from mmadapt.adapter import Adapter
 
 LAYOUT = "peft lora"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)\Z")
 _PLAIN = re.compile(r"(.+?)(?:\.modules_to_save)?(?:\.default)?\.(weight|bias)\Z")
 _INNER = ".base_layer"
+_OUTPUT = f"{_INNER}.out_proj"  # of a packed attention
 
 
 def read_peft(
@@ -83,7 +84,7 @@ class _Lora:
         pairs: dict[str, dict[tuple[str, str], str]] = {}
         plain: dict[str, dict[str, str]] = {}
         for key in stored:
-            short = key.removeprefix(_PREFIX)
+            short = key.removeprefix(PREFIX)
             pair, alone = _LORA.match(short), _PLAIN.match(short)
             if pair:
                 pairs.setdefault(pair[1], {})[pair[2], pair[3]] = key
@@ -106,7 +107,7 @@ class _Lora:
         if not roles or ("A", "bias") in keys:
             self.placing.unexpected += keys.values()
             return
-        half = [f"{_PREFIX}{path}.lora_{w}.weight" for w in "AB" if (w, "weight") not in keys]
+        half = [f"{PREFIX}{path}.lora_{w}.weight" for w in "AB" if (w, "weight") not in keys]
         if half:
             self.placing.missing += half
             return
@@ -119,6 +120,9 @@ class _Lora:
         if not self.placing.fits(key_b, b, outputs * len(roles), rank, *taps) or not fits:
             return
         self.found |= set(roles)
+        if path.endswith(_OUTPUT) and self.settings.twice:
+            alpha *= 2
+            self._note("PEFT's releases up to 0.21 add changes of packed attentions' outputs twice")
         scale = alpha / (rank**0.5 if self.settings.stabilized else rank)
         b = b.flatten(1)
         changes = unpack(a, b, len(roles)) if len(roles) > 1 else [(a, b)]

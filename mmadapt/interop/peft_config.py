@@ -14,6 +14,7 @@ from mmadapt.errors import AdapterFileError
 from mmadapt.interop.foreign import some
 
 CONFIG = "adapter_config.json"
+LAST_TWICE = (0, 21)
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 #: options that change what is computed, or add tensors that no adapter here stands for
@@ -44,6 +45,9 @@ class LoraFile:
     stabilized: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    #: whether PEFT adds the change of a packed attention's output projection twice, as its releases up
+    #: to 0.21 do (huggingface/peft pull request 3774)
+    twice: bool = False
     #: ends of module paths that stand for every layer; () where the file names layers, or a pattern
     everywhere: tuple[str, ...] = ()
 
@@ -90,8 +94,15 @@ def lora_file(path: Path, config: Mapping[str, Any]) -> LoraFile:
         bool(config.get("use_rslora")),
         {pattern: int(rank) for pattern, rank in _patterns(path, config, "rank_pattern").items()},
         _patterns(path, config, "alpha_pattern"),
+        _release(config) <= LAST_TWICE,
         _everywhere(config),
     )
+
+
+def _release(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The release of PEFT that wrote a file; older than all where it does not say."""
+    match = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _number(path: Path, what: str, value: Any) -> float:
