@@ -18,10 +18,7 @@ IMAGE = {"image_size": 16, "patch_size": 8}
 _NAMES = (
     (r"^vision_model\.encoder\.layers\.", "encoder.layers."),
     (r"^vision_model\.", ""),
-    (
-        r"encoder\.layer\.(?=\d+\.(?:attention\.(?:attention|output)\.|intermediate|output|layernorm))",
-        "layers.",
-    ),
+    (r"encoder\.layer\.", "layers."),  # not of DINOv2
     (r"attention\.attention\.(\w)\w+", r"attention.\1_proj"),
     (r"attention\.output\.dense", "attention.o_proj"),
     (r"intermediate\.dense", "mlp.fc1"),
@@ -37,11 +34,12 @@ def part(saved: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def fill(model: nn.Module, weights: dict[str, Tensor]) -> Any:
     """Load weights under former names; every one has to find its place."""
     own = model.state_dict()
-    renamed = {key: value for key, value in weights.items() if key in own}
+    kept = any(key.startswith("encoder.layer.") for key in own)
+    renamed = {}
     for key, value in weights.items():
         new = key
         for old, now in _NAMES:
-            if new not in own:
+            if new not in own and not (kept and now == "layers."):
                 new = re.sub(old, now, new)
         renamed[new] = value
     unplaced = model.load_state_dict(renamed, strict=False)
