@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from mmadapt.train.flags import train_mode
     from mmadapt.train.history import History
     from mmadapt.train.optimiser import Optimiser
-    from mmadapt.zoo.load import load
+    from mmadapt.zoo.loading import load
 
 _HOMES = {
     "mmadapt.adapter": (
@@ -98,7 +98,7 @@ _HOMES = {
     "mmadapt.train.flags": "train_mode",
     "mmadapt.train.history": "History",
     "mmadapt.train.optimiser": "Optimiser",
-    "mmadapt.zoo.load": "load",
+    "mmadapt.zoo.loading": "load",
 }
 _MODULES = ("adapter", "errors", "interop", "ops", "tasks", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

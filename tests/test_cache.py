@@ -13,8 +13,9 @@ from snapshot import randomise
 from torch import Tensor
 
 import mmadapt as mm
+from mmadapt.core.folders import cache_folder
 from mmadapt.errors import AttachError
-from mmadapt.train.cache import cache_folder, cached, data_digest, require_frozen, weights_digest
+from mmadapt.train.cache import cached, data_digest, require_frozen, weights_digest
 
 
 class Maker:
