@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +19,15 @@ _MARK = "<!-- written by mmadapt from adapter.json; saving again writes it anew 
 
 def may_replace(path: Path) -> bool:
     """Whether there is no page yet, or one that `card` wrote."""
-    return not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace")
+    return not path.exists() or is_ours(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def card(manifest: Mapping[str, Any], source: str = "./adapter") -> str:
+def is_ours(page: str) -> bool:
+    """Whether `card` wrote a page."""
+    return _MARK in page
+
+
+def card(manifest: Mapping[str, Any], source: str) -> str:
     """The page of an adapter with this manifest, which `load_adapter` finds at `source`."""
     adapters = [
         from_json({key: value for key, value in item.items() if key != "sites"})
@@ -30,7 +36,11 @@ def card(manifest: Mapping[str, Any], source: str = "./adapter") -> str:
     rows = "\n".join(f"| {what} | {_cell(text)} |" for what, text in _facts(manifest, adapters))
     name, backbone = manifest["name"], manifest["backbone"]
     zoo = backbone.get("zoo")
-    load = f"backbone = mm.load({zoo!r})" if zoo else f"backbone = ...  # a {backbone['class']}"
+    load = (
+        f"backbone = mm.load({json.dumps(zoo)})"
+        if zoo
+        else f"backbone = ...  # of class {backbone['class']}"
+    )
     papers = dict.fromkeys(paper for adapter in adapters for paper in adapter.source.split("; "))
     return f"""---
 {_front(manifest, adapters)}
@@ -51,7 +61,7 @@ def card(manifest: Mapping[str, Any], source: str = "./adapter") -> str:
 import mmadapt as mm
 
 {load}
-mm.load_adapter(backbone, {source!r})
+mm.load_adapter(backbone, {json.dumps(source)})
 ```
 
 Another backbone is refused. `mm.set_active`, `mm.disabled` and `mm.detach` switch it.
@@ -80,7 +90,8 @@ def _front(manifest: Mapping[str, Any], adapters: list[Adapter]) -> str:
 def _facts(manifest: Mapping[str, Any], adapters: list[Adapter]) -> Iterator[tuple[str, str]]:
     backbone = manifest["backbone"]
     yield "backbone", f"{backbone.get('zoo') or 'not of the zoo'}, `{backbone['class']}`"
-    yield "revision of the backbone", backbone.get("revision") or "not told"
+    if backbone.get("revision"):
+        yield "revision of the backbone", backbone["revision"]
     yield "sha256 of its weights", backbone.get("sha256") or "not told"
     for adapter, item in zip(adapters, manifest["adapters"], strict=True):
         stems = dict.fromkeys(stem(site) for site in item["sites"])

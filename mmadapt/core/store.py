@@ -89,10 +89,10 @@ def content(
 
 def write(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """The files of an adapter, each whole or not at all."""
-    files = to_files(manifest, tensors)
+    files = to_files(manifest, tensors, f"./{folder.name}")
     if folder.exists() and not folder.is_dir():
         raise AdapterFileError(f"{folder} is a file", "adapters are saved to a folder")
-    if not _writes():
+    if not writes():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -101,8 +101,8 @@ def write(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
     return folder
 
 
-def to_files(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    """The files of an adapter by name, the one that decides first."""
+def to_files(manifest: dict[str, Any], tensors: dict[str, Tensor], source: str) -> dict[str, bytes]:
+    """The files of an adapter by name, the one that decides first; `source` is where it will be found."""
     from safetensors.torch import save as to_bytes
 
     try:
@@ -115,7 +115,7 @@ def to_files(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
     return {
         TENSORS: to_bytes(tensors, metadata={"mmadapt": text}),
         MANIFEST: (text + "\n").encode(),
-        CARD: card(manifest).encode(),
+        CARD: card(manifest, source).encode(),
     }
 
 
@@ -124,7 +124,7 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _writes() -> bool:
+def writes() -> bool:
     """Whether this is the first of the processes that train together, or the only one."""
     from torch import distributed
 

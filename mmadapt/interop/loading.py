@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.restore import load_folder
 from mmadapt.core.store import MANIFEST, TENSORS
-from mmadapt.errors import AdapterFileError
+from mmadapt.errors import AdapterFileError, ZooError
 from mmadapt.interop.archive import unpacked
 from mmadapt.interop.foreign import checkpoint_keys, some
 from mmadapt.interop.peft_config import CONFIG, read_json
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 #: what AdapterHub writes beside several adapters
 _TOGETHER = {"adapter_fusion_config.json": "a fusion", "adapter_setup.json": "a composition"}
 _LANGUAGE = re.compile(r"adapter\.[A-Za-z0-9_-]+\.(?:safetensors|bin)\Z")
-_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".adapter", ".tar")
+_FILES = (".zip", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".adapter", ".tar")
+#: what is fetched of a repository on the hub: adapters of mmadapt, PEFT and AdapterHub at its top
+_ON_THE_HUB = (
+    "adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors",
+    "adapter_model.bin", "pytorch_adapter.bin", "head_config.json", "model_head.safetensors",
+    "pytorch_model_head.bin", *_TOGETHER,
+)  # fmt: skip
 #: what a key of a released checkpoint matches -> its reader in `mmadapt.interop`
 _KEYS: tuple[tuple[str, str], ...] = (
     (r"encoder_dict\Z", "read_three_d_sam"),
@@ -56,14 +62,49 @@ def load_adapter(
 
         mm.load_adapter(clip, "./sketch")
     """
-    with _local(path_or_id) as path:
-        return _load(m, path, name, replace)
+    with _opened(located(path_or_id)) as path, _opened(_found(path)) as found:
+        return _load(m, found, name, replace)
+
+
+def located(source: Any) -> Path:
+    """The folder or file a path, hub id or zoo name stands for, fetched where need be."""
+    if isinstance(source, str) and not source.startswith(("./", "../", "/", "~")):
+        return _fetched(source)
+    if not isinstance(source, (str, Path)):
+        raise AdapterFileError(
+            f"expected a path, a hub id or a zoo name, got {type(source).__name__}",
+            'for example mmadapt.load_adapter(model, "./sketch")',
+        )
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise AdapterFileError(
+            f"there is no adapter at {path}",
+            "give the folder mmadapt.save wrote, a zip of it, or a zoo name, which is not a path",
+        )
+    return path
+
+
+def _fetched(name: str) -> Path:
+    from mmadapt.zoo.obtain import get, resolve
+
+    try:
+        item = resolve(name)
+    except ZooError as error:
+        if Path(name).exists():
+            raise ZooError(
+                error.message, f"for the folder or file of that name: './{name}'"
+            ) from None
+        raise
+    if name.startswith("hf:"):
+        return get(item, patterns=_ON_THE_HUB)
+    if item.kind != "adapter":
+        raise ZooError(f"{item.name} is a backbone", f"mmadapt.load({item.name!r}) loads it")
+    return get(item)
 
 
 @contextlib.contextmanager
-def _local(source: str | Path) -> Iterator[Path]:
-    """The folder or file that is meant, unpacked where it is a zip."""
-    path = located(source)
+def _opened(path: Path) -> Iterator[Path]:
+    """The path itself, or the folder a zip was unpacked to."""
     if not _is_archive(path):
         yield path
         return
@@ -87,16 +128,17 @@ def _is_archive(path: Path) -> bool:
 
 
 def _load(m: Any, path: Path, name: str | None, replace: bool) -> Attachment:
-    folder = _found(path) if path.is_dir() else path
-    if folder.is_dir() and (folder / CONFIG).is_file():
-        return _attached(_of_a_peer(m, folder, name, replace))
-    if folder.is_dir():
-        return load_folder(m, folder, name, replace)
-    return _attached(_of_a_checkpoint(m, folder, name, replace))
+    if path.is_dir() and (path / CONFIG).is_file():
+        return _attached(_of_a_peer(m, path, name, replace))
+    if path.is_dir():
+        return load_folder(m, path, name, replace)
+    return _attached(_of_a_checkpoint(m, path, name, replace))
 
 
 def _found(folder: Path) -> Path:
     """The folder of the adapter, or its file: this one, the only one in it, or an error that lists them."""
+    if not folder.is_dir():
+        return folder
     names = {entry.name for entry in folder.iterdir()}
     for file, what in _TOGETHER.items():
         if file in names:
@@ -107,7 +149,7 @@ def _found(folder: Path) -> Path:
     if names & {CONFIG, MANIFEST, TENSORS}:
         return folder
     below = sorted(one for one in folder.iterdir() if one.is_dir() and _holds(one))
-    files = sorted(one for one in folder.iterdir() if one.is_file() and one.suffix in _CHECKPOINTS)
+    files = sorted(one for one in folder.iterdir() if one.is_file() and one.suffix in _FILES)
     found = below or files
     if len(found) > 1:
         raise AdapterFileError(
@@ -182,16 +224,3 @@ def _attached(report: ForeignFile) -> Attachment:
     assert attachment is not None  # readers attach or raise
     attachment.metadata["origin"] = str(report)
     return attachment
-
-
-def located(source: Any) -> Path:
-    """The folder or file a path, hub id or zoo name stands for, fetched where need be."""
-    if isinstance(source, str) and not source.startswith(("./", "../", "/", "~")):
-        raise AdapterFileError(f"{source!r}")
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise AdapterFileError(
-            f"there is no adapter at {path}",
-            "give the folder mmadapt.save wrote, a zip of it, or a zoo name, which is not a path",
-        )
-    return path

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mmadapt.core.install import install
 from mmadapt.core.site import stem
 from mmadapt.core.table import shape_of
 from mmadapt.interop.foreign import refuse_keys
@@ -54,6 +53,8 @@ class Placing:
 
     def attach(self, name: str, replace: bool = False) -> Attachment:
         """Attach everything; `AdapterFileError` names what was missing, left over or mis-shaped."""
+        from mmadapt.core.install import install
+
         refuse_keys(self.missing, self.unexpected, self.shapes)
         values: dict[str, Tensor] = {}
         sites: list[list[SiteView]] = []
