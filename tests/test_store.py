@@ -555,7 +555,7 @@ def _from_open_clip(source: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in target.items()}
 
 
-def _converted(source: nn.Module) -> nn.Module:
+def converted(source: nn.Module) -> nn.Module:
     target = BACKBONES["hf_clip"].fresh()
     weights = _from_open_clip(dict(source.state_dict()))
     missing, unexpected = target.load_state_dict(weights, strict=False)
@@ -577,7 +577,7 @@ def _converted(source: nn.Module) -> nn.Module:
 )
 def test_one_file_fits_clip_in_both_libraries(adapter: mm.Adapter, tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     theirs = BACKBONES["hf_clip"]
     bare = outputs(here)
     attachment = randomise(mm.attach(here, adapter))
@@ -595,7 +595,7 @@ def test_one_file_fits_clip_in_both_libraries(adapter: mm.Adapter, tmp_path: Pat
 
 def test_lora_fits_both_libraries_where_both_offer_the_port(tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     attachment = randomise(mm.attach(here, mm.LoRA(2, alpha=4.0), at="*.layers[*].mlp.*"))
     mm.load_adapter(there, attachment.save(tmp_path / "adapter"))
     unit = [
@@ -607,7 +607,7 @@ def test_lora_fits_both_libraries_where_both_offer_the_port(tmp_path: Path) -> N
 
 def test_lora_at_packed_weights_fits_transformers_too(tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     attachment = randomise(mm.attach(here, mm.LoRA(2, alpha=4.0)))
     assert all(site.endswith(":weight") for site in attachment.sites)
     mm.load_adapter(there, attachment.save(tmp_path / "adapter"))
@@ -620,7 +620,7 @@ def test_lora_at_packed_weights_fits_transformers_too(tmp_path: Path) -> None:
 
 def test_lora_from_transformers_fits_open_clips_packed_weights(tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     attachment = randomise(mm.attach(there, mm.LoRA(2)))
     expected = outputs(there, BACKBONES["hf_clip"])
     mm.load_adapter(here, attachment.save(tmp_path / "adapter"))

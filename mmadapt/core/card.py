@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -96,7 +95,7 @@ def _facts(manifest: Mapping[str, Any], adapters: list[Adapter]) -> Iterator[tup
     for adapter, item in zip(adapters, manifest["adapters"], strict=True):
         stems = dict.fromkeys(stem(site) for site in item["sites"])
         places = ", ".join(f"`{one}`" for one in stems)
-        yield "method", f"`{_written(adapter)}` at {len(item['sites'])} sites: {places}"
+        yield "method", f"`{adapter!r}` at {len(item['sites'])} sites: {places}"
     sizes = [_size(shape) for shape in manifest["tensors"].values()]
     yield "parameters", count(sum(sizes))
     yield "trained on", manifest.get("data") or "not told"
@@ -107,16 +106,6 @@ def _facts(manifest: Mapping[str, Any], adapters: list[Adapter]) -> Iterator[tup
         if manifest.get(part):
             yield part, str(manifest[part])
     yield "made with", ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
-
-
-def _written(adapter: Adapter) -> str:
-    """The adapter with what differs from its defaults."""
-    changed = [
-        f"{field.name}={getattr(adapter, field.name)!r}"
-        for field in dataclasses.fields(adapter)
-        if field.repr and getattr(adapter, field.name) != field.default
-    ]
-    return f"{type(adapter).__name__}({', '.join(changed)})"
 
 
 def _size(shape: str) -> int:

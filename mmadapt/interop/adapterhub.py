@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.interop.adapterhub_config import Architecture, architecture
 from mmadapt.interop.adapterhub_head import place_head
-from mmadapt.interop.foreign import ForeignFile, load_tensors
+from mmadapt.interop.foreign import ForeignFile, load_tensors, told_of
 from mmadapt.interop.module_paths import Places
 from mmadapt.interop.peft_config import CONFIG, read_json, weights_at
 from mmadapt.interop.placing import Placing
@@ -59,7 +59,13 @@ def read_adapterhub(
     """
     folder = Path(path).expanduser()
     config = read_json(folder / CONFIG)
-    made = architecture(folder, config)
+    with told_of(folder):
+        return _attach(m, folder, architecture(folder, config), name, replace)
+
+
+def _attach(
+    m: Any, folder: Path, made: Architecture, name: str | None, replace: bool
+) -> ForeignFile:
     placing = Placing(Places.of(m))
     stored = load_tensors(weights_at(folder, WEIGHTS))
     renamed = {_LEGACY.sub(".adapters.", key): value for key, value in stored.items()}
@@ -91,13 +97,13 @@ def _place_lora(
         if len(roles) != 1:
             placing.unexpected += keys.values()
             continue
+        found |= set(roles)
         if len(keys) < 2:
             placing.missing += [
                 key.replace("lora_A", "lora_B") if "A" in word else key.replace("lora_B", "lora_A")
                 for word, key in keys.items()
             ]
             continue
-        found |= set(roles)
         a, b = stored[keys["lora_A"]], stored[keys["lora_B"]]
         view = placing.places.view(roles[0], LoRA.ports)
         fits = placing.fits(keys["lora_A"], a, made.rank, view.width_in)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap
-from mmadapt.errors import AdapterFileError
+from mmadapt.errors import AdapterError, AdapterFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,17 @@ def refuse_keys(
     ]
     if parts:
         raise AdapterFileError("the file does not fit: " + ". ".join(parts), "nothing was attached")
+
+
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Settings and tensors that no layer can be made of are the file's mistake: say which file's."""
+    try:
+        yield
+    except (AdapterError, AdapterFileError) as error:
+        text = error.message if str(path) in error.message else f"{path}: {error.message}"
+        kind = type(error) if isinstance(error, AdapterFileError) else AdapterFileError
+        raise kind(text, error.hint) from None
 
 
 def some(keys: Any) -> str:

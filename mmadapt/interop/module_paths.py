@@ -122,6 +122,9 @@ class Places:
         if named and all(role in self.spans for role in named):
             return named
         bare = _INNER.sub("", path, count=1) if _INNER.match(path) else path
+        for word, tower in (("vision_model.", "vision"), ("text_model.", "text")):
+            if f"{tower}.layers[0]" in self.spans:  # a tower on its own, in releases before 5
+                bare = bare.removeprefix(word)
         inner = {match[0] for match in map(_INNER.match, self.weights) if match}
         return next((found for front in ("", *inner) if (found := self._own(front + bare))), ())
 

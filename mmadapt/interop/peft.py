@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.errors import AdapterFileError
-from mmadapt.interop.foreign import ForeignFile, load_tensors
+from mmadapt.interop.foreign import ForeignFile, load_tensors, told_of
 from mmadapt.interop.module_paths import Places
 from mmadapt.interop.peft_config import CONFIG, WEIGHTS, LoraFile, lora_file, read_json, weights_at
 from mmadapt.interop.placing import Placing
@@ -57,8 +57,9 @@ def read_peft(
     settings = lora_file(folder / CONFIG, config)
     stored = load_tensors(weights_at(folder, WEIGHTS))
     file = _Lora(settings, Placing(Places.of(m)))
-    file.take(stored)
-    attachment = file.placing.attach(name, replace)
+    with told_of(folder):
+        file.take(stored)
+        attachment = file.placing.attach(name, replace)
     return ForeignFile(
         LAYOUT,
         len(stored),
@@ -107,6 +108,7 @@ class _Lora:
         if not roles or ("A", "bias") in keys:
             self.placing.unexpected += keys.values()
             return
+        self.found |= set(roles)
         half = [f"{PREFIX}{path}.lora_{w}.weight" for w in "AB" if (w, "weight") not in keys]
         if half:
             self.placing.missing += half
@@ -119,7 +121,6 @@ class _Lora:
         fits = self.placing.fits(key_a, a, rank, *inputs)
         if not self.placing.fits(key_b, b, outputs * len(roles), rank, *taps) or not fits:
             return
-        self.found |= set(roles)
         if path.endswith(_OUTPUT) and self.settings.twice:
             alpha *= 2
             self._note("PEFT's releases up to 0.21 add changes of packed attentions' outputs twice")

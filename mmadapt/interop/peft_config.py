@@ -129,7 +129,7 @@ def _everywhere(config: Mapping[str, Any]) -> tuple[str, ...]:
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if narrowed or not isinstance(named, list):
         return ()
-    return tuple(str(one) for one in named if not re.search(r"\d", str(one)))
+    return tuple(str(one) for one in named if not re.search(r"(^|\.)\d+(\.|$)", str(one)))
 
 
 def weights_at(folder: Path, names: Iterable[str]) -> Path:
