@@ -53,6 +53,26 @@ class ZooError(MmadaptError, LookupError):
     """A zoo name is unknown, or what it stands for cannot be loaded."""
 
 
+class DownloadError(ZooError):
+    """A server answered, and not with what was asked for."""
+
+
+class OfflineError(DownloadError):
+    """No server could be reached, or the network is not to be used; what had arrived is kept."""
+
+
+class GatedError(DownloadError):
+    """The owner of a repository wants terms accepted, or a token, first."""
+
+
+class ChecksumError(ZooError):
+    """A file does not hold what its size and sha256 promise."""
+
+
+class StorageError(ZooError):
+    """No room, or no right to write, where files are to be kept."""
+
+
 class DataError(MmadaptError, ValueError):
     """Images, labels, class names or features are not what a task needs."""
 
