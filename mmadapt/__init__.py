@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from mmadapt.core.attachment import Attachment
     from mmadapt.core.average import average
     from mmadapt.core.backbone import Backbone
-    from mmadapt.core.check import check
+    from mmadapt.core.check import check, check_laws
     from mmadapt.core.compose import Stack, Sum
     from mmadapt.core.given import context
     from mmadapt.core.merge import merge, unmerge
@@ -82,7 +82,7 @@ _HOMES = {
     "mmadapt.core.attachment": "Attachment",
     "mmadapt.core.average": "average",
     "mmadapt.core.backbone": "Backbone",
-    "mmadapt.core.check": "check",
+    "mmadapt.core.check": "check check_laws",
     "mmadapt.core.compose": "Stack Sum",
     "mmadapt.core.merge": "merge unmerge",
     "mmadapt.core.report": "inspect plan sites",

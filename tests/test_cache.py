@@ -13,8 +13,8 @@ from snapshot import randomise
 from torch import Tensor
 
 import mmadapt as mm
-from mmadapt.core.folders import cache_folder
 from mmadapt.errors import AttachError
+from mmadapt.folders import cache_folder
 from mmadapt.train.cache import cached, data_digest, require_frozen, weights_digest
 
 

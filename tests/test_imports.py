@@ -16,7 +16,7 @@ HEAVY = ("torch", "numpy", "transformers", "ipywidgets", "open_clip", "safetenso
 
 #: a module may import its own layer and those before it
 LAYERS = (
-    ("errors", "adapter"),
+    ("errors", "adapter", "folders"),
     ("ops",),
     ("core",),
     ("methods", "backbones", "train"),

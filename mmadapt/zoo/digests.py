@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mmadapt.core.folders import cache_folder
+from mmadapt.folders import cache_folder
 from mmadapt.zoo.files import File
 
 BLOCK = 1 << 20

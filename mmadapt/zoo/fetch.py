@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mmadapt import __version__
-from mmadapt.core.folders import hub_home
+from mmadapt.folders import hub_home
 from mmadapt.errors import OfflineError
 
 #: seconds until it is clear that there is no network, all mirrors together

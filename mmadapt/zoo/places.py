@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmadapt.core.folders import cache_folder, hub_home
+from mmadapt.folders import cache_folder, hub_home
 from mmadapt.errors import StorageError, ZooError
 from mmadapt.zoo.digests import write_json
 from mmadapt.zoo.entries import Entry
