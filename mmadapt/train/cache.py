@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import require_bank
 from mmadapt.core.backbone import unwrap_model
-from mmadapt.folders import cache_folder
 from mmadapt.errors import AttachError
 from mmadapt.folders import cache_folder
 

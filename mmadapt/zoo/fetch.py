@@ -22,8 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mmadapt import __version__
-from mmadapt.folders import hub_home
 from mmadapt.errors import OfflineError
+from mmadapt.folders import hub_home
 
 #: seconds until it is clear that there is no network, all mirrors together
 PATIENCE = 2.5

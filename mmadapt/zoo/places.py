@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmadapt.folders import cache_folder, hub_home
 from mmadapt.errors import StorageError, ZooError
+from mmadapt.folders import cache_folder, hub_home
 from mmadapt.zoo.digests import write_json
 from mmadapt.zoo.entries import Entry
 from mmadapt.zoo.files import COMMIT, File, choose, role_of
