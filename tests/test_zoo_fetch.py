@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from pathlib import Path
 from typing import Any
 
 import pytest
+from downloads import COST, FILES, LICENCE, WEIGHTS, entry, sha256
 from hub import BLOCK, Hub, git_blob, wait_until
 
 from mmadapt.errors import (
     ChecksumError,
     DownloadError,
     GatedError,
-    MissingDependencyError,
     OfflineError,
     StorageError,
     ZooError,
 )
-from mmadapt.zoo import Entry, File, download, fetch, get, obtain, places, register
-from mmadapt.zoo.keeping import cached, import_file, rm, verify, where
-
-WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes
-FILES = {
-    "config.json": b'{"model_type": "vit"}',
-    "model.safetensors": WEIGHTS,
-    "README.md": b"---\nlicense: mit\n---\n",
-}
-COST = {"progress": False}
-LICENCE = {"weights": "MIT", "declared_by": "test"}
+from mmadapt.zoo import Entry, File, download, fetch, get, obtain, places, transfer
+from mmadapt.zoo.keeping import rm
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +38,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
     monkeypatch.setattr(download, "pause", waited.append)
     return waited
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def entry(
-    *urls: str, content: bytes = WEIGHTS, pinned: bool = True, name: str = "lab/net", **more: Any
-) -> Entry:
-    """An entry of one file at `urls`."""
-    facts = {"size": len(content), "sha256": sha256(content)} if pinned else {}
-    file = File("net.pth", **facts)
-    return Entry(name, "a net", "timm:net", {"urls": list(urls)}, (file,), LICENCE, **more)
 
 
 @pytest.fixture
@@ -114,7 +95,7 @@ def test_patterns_choose_files_and_add_to_what_is_there(hub: Hub, empty_home: Pa
     folder = get("hf:org/model", patterns=["*.json"], **COST)
     assert (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
     hub.requests.clear()
-    get("hf:org/model", patterns=["config.json"], **COST)
+    get("hf:org/model", patterns="config.json", **COST)
     assert hub.requests == []
     get("hf:org/model", patterns=["*.json", "*.safetensors"], **COST)
     assert [r.path.split("/")[-1] for r in hub.fetched("/resolve/")] == ["model.safetensors"]
@@ -192,12 +173,19 @@ def test_the_patience_with_all_mirrors_together_is_below_three_seconds(
 
     def silent(url: str, *, connect: float, **_: Any) -> None:
         asked.append(connect)
-        raise TimeoutError
+        raise urllib.error.URLError(TimeoutError())
 
     monkeypatch.setattr(download, "request", silent)
     with pytest.raises(OfflineError):
         get(entry(*(f"https://mirror-{i}.invalid/net.pth" for i in range(4))), **COST)
-    assert asked[::4] == [fetch.PATIENCE / 4] * 4 and fetch.PATIENCE < 3
+    assert asked == [fetch.PATIENCE / 4] * 4 and fetch.PATIENCE < 3
+    asked.clear()
+    monkeypatch.setattr(transfer, "request", silent)
+    with pytest.raises(
+        OfflineError, match="mirror-0.*mirror-1"
+    ):  # the question for a size is the last
+        get(entry(*(f"https://mirror-{i}.invalid/net.pth" for i in range(2)), pinned=False), **COST)
+    assert asked == [fetch.PATIENCE / 2] * 2
 
 
 def test_a_resolver_that_hangs_is_given_up_too(
@@ -399,7 +387,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_that_loads_wrongly(
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        found, damaged = obtain._here(net, None)
+        found, damaged = obtain.here(net)
         assert damaged == ""
         if found is not None:
             assert (found.folder / "net.pth").read_bytes() == WEIGHTS
@@ -621,6 +609,71 @@ def test_a_hub_whose_answers_name_other_folders_is_refused(hub: Hub, empty_home:
         get("hf:org/odd", **COST)
 
 
+# -- TLS --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secure(hub: Hub, empty_home: Path, tmp_path: Path) -> Hub:
+    """The hub behind TLS, with a certificate that nobody trusts yet: `cert.pem`."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+               "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=127.0.0.1",
+               "-addext", "subjectAltName=IP:127.0.0.1"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub.socket = context.wrap_socket(hub.socket, server_side=True)
+    hub.url = hub.url.replace("http:", "https:")
+    hub.plain["/net.pth"] = WEIGHTS
+    return hub
+
+
+def test_a_certificate_is_checked_and_a_companys_own_is_trusted_when_named(
+    secure: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = entry(f"{secure.url}/net.pth")
+    with pytest.raises(OfflineError, match=r"certificate is not trusted .*REQUESTS_CA_BUNDLE"):
+        get(item, **COST)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    assert (get(item, **COST) / "net.pth").read_bytes() == WEIGHTS
+
+
+def test_tls_goes_through_a_proxy(
+    secure: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    def pipe(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve(listener: socket.socket) -> None:
+        link, _ = listener.accept()
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += link.recv(1)
+        asked.append(head.splitlines()[0])
+        inner = socket.create_connection(("127.0.0.1", secure.server_port))
+        link.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=pipe, args=(inner, link), daemon=True).start()
+        pipe(link, inner)
+        inner.close()
+        link.close()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+        assert (get(entry(f"{secure.url}/net.pth"), **COST) / "net.pth").read_bytes() == WEIGHTS
+    assert asked[0].startswith(f"CONNECT 127.0.0.1:{secure.server_port} ".encode())
+
+
 # -- disks --------------------------------------------------------------------------------------------
 
 
@@ -631,7 +684,7 @@ def test_a_disk_without_room_is_noticed_before_the_first_byte(
     get(entry(f"{hub.url}/other.pth", name="lab/other"), **COST)
     hub.requests.clear()
     usage = type("usage", (), {"free": 200_000})
-    monkeypatch.setattr(obtain.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError) as told:
         get(net, **COST)
     text = str(told.value)
@@ -665,7 +718,7 @@ def test_a_disk_that_fills_up_keeps_what_it_has_and_a_read_only_cache_is_read_wi
     (tmp_path / "fetch.py").write_text(FETCH)
     (tmp_path / "full.py").write_text(  # a quota, which the free space of a disk does not show
         FETCH.replace(
-            "print(get", "from mmadapt.zoo import obtain\nobtain.MARGIN = -10**9\nprint(get"
+            "print(get", "from mmadapt.zoo import transfer\ntransfer.MARGIN = -10**9\nprint(get"
         )
     )
     file = net.files[0]
@@ -715,124 +768,27 @@ def test_a_temporary_folder_of_someone_else_is_not_used(
         get(net, **COST)
 
 
-# -- other places --------------------------------------------------------------------------------------
+# -- progress --------------------------------------------------------------------------------------------
 
 
-def test_a_shared_root_is_filled_once_and_read_elsewhere(
-    net: Entry, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shared = tmp_path / "shared"
-    get(net, to=shared, **COST)
-    with pytest.raises(OfflineError):
-        get(net, offline=True)
-    monkeypatch.setenv("MMADAPT_ZOO_PATH", f"{tmp_path / 'none'}{os.pathsep}{shared}")
-    folder = get(net, offline=True)
-    assert folder.is_relative_to(shared) and len(hub.fetched()) == 1
-    with pytest.raises(ZooError, match="nothing in the cache matches"):
-        rm("lab/net")
-    assert (folder / "net.pth").exists()
+def test_a_terminal_shows_terms_then_bytes(net: Entry, capsys: pytest.CaptureFixture[str]) -> None:
+    get(net)
+    said = capsys.readouterr().err
+    assert said.startswith("lab/net: 307 kB, licence MIT\n") and "B/s]" in said
 
 
-def test_the_cache_of_huggingface_hub_is_used_in_place(
-    hub: Hub, empty_home: Path, online: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import snapshot_download
-
-    commit = hub.add("org/model", FILES)
-    cache = empty_home.parent / "huggingface" / "hub"
-    snapshot = snapshot_download("org/model", endpoint=hub.url, cache_dir=cache)
-    hub.requests.clear()
-    assert str(get("hf:org/model", offline=True)) == snapshot
-    assert str(get(f"hf:org/model@{commit}", **COST)) == snapshot and not hub.requests
-    moved = cache.rename(empty_home.parent / "elsewhere")
-    with pytest.raises(OfflineError):
-        get("hf:org/model", offline=True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(moved))
-    assert get("hf:org/model", offline=True).is_relative_to(moved)
-    blob = (get("hf:org/model", offline=True) / "model.safetensors").resolve()
-    blob.write_bytes(WEIGHTS[::-1])  # what another's cache got wrong is not used
-    assert get("hf:org/model", **COST).is_relative_to(empty_home)
-
-
-def test_files_that_torch_hub_has_are_used_where_their_digest_is_right(
-    net: Entry, hub: Hub, empty_home: Path
-) -> None:
-    place = empty_home.parent / "torch" / "hub" / "checkpoints"
-    place.mkdir(parents=True)
-    (place / "net.pth").write_bytes(WEIGHTS)
-    assert get(net, offline=True) == place and hub.requests == []
-    (place / "net.pth").write_bytes(WEIGHTS[::-1])
-    assert get(net, **COST).is_relative_to(empty_home)
-    assert (place / "net.pth").read_bytes() == WEIGHTS[::-1]
-
-
-def test_a_file_fetched_by_hand_is_taken_in_by_its_digest(
-    net: Entry, hub: Hub, tmp_path: Path
-) -> None:
-    register(net)
-    given = tmp_path / "download (1).pth"
-    given.write_bytes(WEIGHTS)
-    folder = import_file(given)
-    assert get("lab/net", offline=True) == folder and given.exists() and not hub.requests
-    given.write_bytes(b"!" + WEIGHTS[1:])
-    with pytest.raises(ZooError, match="no entry has a file with sha256"):
-        import_file(given)
-    with pytest.raises(ChecksumError, match=r"is not lab/net's net\.pth: its sha256 is"):
-        import_file(given, "lab/net")
-
-
-def test_a_manual_entry_names_its_page_and_takes_the_file(empty_home: Path, tmp_path: Path) -> None:
-    page = {"manual": "https://drive.example/x"}
-    register(Entry("lab/by-hand", "", "x:y", page, (File("a.pth"),), LICENCE))
-    with pytest.raises(DownloadError, match=r"in a browser, from https://drive\.example/x") as told:
-        get("lab/by-hand", **COST)
-    assert "mmadapt zoo import FILE --as lab/by-hand" in str(told.value)
-    (tmp_path / "a.pth").write_bytes(WEIGHTS)
-    import_file(tmp_path / "a.pth", "lab/by-hand")
-    assert (get("lab/by-hand", offline=True) / "a.pth").read_bytes() == WEIGHTS
-
-
-def test_a_folder_fetched_by_hand_serves_a_hub_id(
-    hub: Hub, empty_home: Path, tmp_path: Path
-) -> None:
-    for name, content in FILES.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "later").mkdir()
-    import_file(tmp_path, "hf:org/model")
-    folder = get("hf:org/model", offline=True)
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    with pytest.raises(ZooError, match=r"there is no"):
-        import_file(tmp_path / "none")
-
-
-def test_what_is_kept_can_be_listed_verified_and_removed(
-    net: Entry, hub: Hub, empty_home: Path
-) -> None:
-    register(net)
-    path = get(net, **COST) / "net.pth"
-    assert [row[:3] for row in cached()] == [("lab/net", "0.3", "whole")]
-    assert [row[3] for row in verify("lab/net")] == [
-        "sound"
-    ] and verify().title == "1 files, 0 damaged"
-    stat = path.stat()
-    path.write_bytes(b"!" + WEIGHTS[1:])
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a failing disk does it
-    assert "its sha256 is" in verify("lab/net").rows[0][3]
-    assert "would be removed" in rm("lab/*", dry_run=True).title and path.exists()
-    rm("lab/*")
-    assert not path.exists() and len(cached()) == 0
-    with pytest.raises(ZooError, match=r"nothing in the cache matches 'lab/\*'"):
-        rm("lab/*")
-    with pytest.raises(ZooError, match="lab/net is not on this machine"):
-        verify("lab/net")
-    assert [row[0] for row in where()] == ["bundled", "cached", "hub cache"]
-
-
-def test_missing_libraries_are_named_before_the_download(hub: Hub, empty_home: Path) -> None:
-    item = entry(f"{hub.url}/net.pth", requires={"no-such-library": ">=1"})
-    with pytest.raises(MissingDependencyError, match=r"pip install 'no-such-library>=1'"):
-        get(item, **COST)
-    item = entry(f"{hub.url}/net.pth", requires={"torch": ">=900"})
-    with pytest.raises(MissingDependencyError, match=r"needs torch>=900, this is 2"):
-        get(item, **COST)
-    assert hub.requests == []
+@pytest.mark.slow
+def test_a_saved_notebook_keeps_one_line_and_no_widget(net: Entry, hub: Hub) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    file = net.files[0]
+    arguments = (
+        f"import sys; sys.argv = ['', {net.source['urls'][0]!r}, {file.size}, {file.sha256!r}]"
+    )
+    code = arguments + FETCH.replace(", progress=False", "")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    assert "widgets" not in notebook.metadata
+    terms, bar, folder = notebook.cells[0].outputs
+    assert terms.text == "lab/net: 307 kB, licence MIT\n" and str(part_of_name(net)) in folder.text
+    assert bar.data["text/plain"] == "lab/net: 0.3 MB" and "<progress" not in bar.data["text/html"]

@@ -70,7 +70,7 @@ class TimmPreprocess:
         import torch
 
         if self._transform is None:
-            from timm.data import create_transform
+            from timm.data.transforms_factory import create_transform
 
             self._transform = create_transform(**self.settings, is_training=False)
         return torch.stack([self._transform(image) for image in as_images(images)])

@@ -141,12 +141,11 @@ def _get(chosen: argparse.Namespace) -> int:
 
 
 def _verify(chosen: argparse.Namespace) -> int:
-    from mmadapt.zoo.keeping import verify
+    from mmadapt.zoo.keeping import SOUND, verify
 
     table = verify(chosen.name)
     _print(table, chosen.json)
-    sound = all(row[3] in ("sound", "no digest is known") for row in table.rows)
-    return 0 if sound else 4
+    return 0 if all(row[3] in SOUND for row in table.rows) else 4
 
 
 def _rm(chosen: argparse.Namespace) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import http.client
 import os
 import re
 import time
 import urllib.error
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ def patiently(ask: Callable[[], Any], url: str) -> Any:
         try:
             return ask()
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code not in AGAIN:
                 raise
             if wait is None:
@@ -157,6 +157,7 @@ def _fill(attempt: _Attempt) -> None:
                 return
             failure = "the connection was cut"
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416:  # the server has less than what is here
                 attempt.part.unlink(missing_ok=True)
                 failure = "the server's file is shorter than what had arrived"
@@ -175,6 +176,8 @@ def _fill(attempt: _Attempt) -> None:
             failure = reason(error)
             if isinstance(error, urllib.error.URLError) and attempt.have() <= begun:
                 raise _stopped(attempt, failure) from None  # nobody there: again would be the same
+            if isinstance(error, TimeoutError):
+                tries += 1  # silence has cost its seconds already
         if attempt.have() > furthest:
             furthest, tries = attempt.have(), 0
         if tries >= len(PAUSES):
@@ -273,27 +276,3 @@ def _full(attempt: _Attempt) -> StorageError:
         f"{megabytes(attempt.have())}{f' of {megabytes(size)}' if size else ''} are kept",
         "`mmadapt zoo rm` frees room, MMADAPT_CACHE moves the cache",
     )
-
-
-@contextlib.contextmanager
-def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Inside, no other process fetches what this lock file stands for; False where locks do not work."""
-    try:
-        from filelock import FileLock, Timeout  # torch and huggingface_hub bring it
-    except ImportError:
-        yield False
-        return
-    lock = FileLock(str(path))
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            lock.acquire()
-    except (OSError, NotImplementedError):  # some network file systems
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

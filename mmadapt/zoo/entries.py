@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from mmadapt.core.table import count
-from mmadapt.errors import ZooError, did_you_mean
+from mmadapt.errors import WrongBackboneError, ZooError, did_you_mean
 from mmadapt.zoo.files import File, megabytes, require_inside
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*(/[a-z0-9][a-z0-9.+-]*){1,4}")
@@ -56,7 +56,6 @@ class Entry:
     base_sha256: str = ""
     requires: dict[str, str] = field(default_factory=dict)
     globals: tuple[str, ...] = ()
-    deprecated_by: str = ""
 
     def __post_init__(self) -> None:
         for name in ("files", "aliases", "modality", "tasks", "globals"):
@@ -137,6 +136,22 @@ class Entry:
             return f"https://huggingface.co/{self.source['hf']}"
         return self.homepage or self.source.get("manual") or self.source.get("urls", [""])[0]
 
+    def require_base(self, other: Entry | None) -> None:
+        """Refuse an adapter for another backbone than `other`; one that is in no zoo may be any.
+
+        A backbone's variants for several libraries hold the same weights and differ in their last part.
+        """
+        if not self.base or other is None or other.name == self.base:
+            return
+        if other.name.startswith((f"{self.base}/", f"{self.base}-")):
+            return
+        if self.base_sha256 and self.base_sha256 == other.sha256:
+            return
+        raise WrongBackboneError(
+            f"{self.name} was made for {self.base}, this is {other.name}",
+            f'load it into mmadapt.load("{self.base}")',
+        )
+
     def terms(self) -> str:
         """Size and licence in one line, as it is shown before a download."""
         size = "size not known yet" if self.size is None else megabytes(self.size)
@@ -188,7 +203,13 @@ class Entry:
                     {key: part for key, part in file.items() if part not in (None, "")}
                     for file in value
                 ]
-            if name in ("name", "source", "licence") or value not in (None, "", (), [], {}):
+            if name in ("name", "summary", "source", "licence") or value not in (
+                None,
+                "",
+                (),
+                [],
+                {},
+            ):
                 data[name] = list(value) if isinstance(value, tuple) else value
         if data["kind"] == empty["kind"].default:
             del data["kind"]
@@ -212,7 +233,6 @@ _TYPES: dict[str, type] = {
     "base": str,
     "base_sha256": str,
     "requires": dict,
-    "deprecated_by": str,
 }
 
 
@@ -233,12 +253,12 @@ def from_json(data: Any, where: str = "manifest") -> Entry:
         kind = dict if name == "files" else str
         if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
             raise ZooError(f"{where}: {data['name']}: {name} is no list of {kind.__name__}")
-    missing = {"summary", "builder", "source", "licence"} - set(data)
+    missing = {"summary", "source", "licence"} - set(data)
     if missing:
         raise ZooError(f"{where}: {data['name']}: no {', '.join(sorted(missing))}")
     try:
         files = tuple(_file(part) for part in data.get("files", ()))
-        return Entry(**{**data, "files": files})
+        return Entry(**{"builder": "", **data, "files": files})
     except ZooError as error:
         raise ZooError(f"{where}: {error.message}", error.hint) from None
 

@@ -251,6 +251,11 @@ def request(
 def reason(error: BaseException) -> str:
     """Why a request failed, in a few words."""
     inner = getattr(error, "reason", error)
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not trusted ({inner.verify_message}); the authority of a company's "
+            "proxy is named by REQUESTS_CA_BUNDLE"
+        )
     if isinstance(inner, TimeoutError):
         return str(inner) if str(inner) not in ("", "timed out") else "no answer in time"
     if isinstance(inner, socket.gaierror):

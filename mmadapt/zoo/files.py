@@ -14,13 +14,20 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 #: what a backbone needs beside its weights
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
+TOKENIZER = (
+    "bpe.txt.gz",
+    "chat_template.jinja",
+    "merges.txt",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 WEIGHTS = (
     "model.safetensors",
-    "open_clip_model.safetensors",
     "model-*-of-*.safetensors",
     "*.safetensors",
     "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
 
@@ -56,7 +63,7 @@ def role_of(path: str) -> str:
     name = path.rpartition("/")[2]
     if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")):
         return "weights"
-    if "token" in name or name in ("vocab.json", "vocab.txt", "merges.txt", "spiece.model"):
+    if "token" in name or name in TOKENIZER:
         return "tokenizer"
     if "processor" in name:
         return "preprocessing"
@@ -69,7 +76,10 @@ def choose(files: tuple[File, ...], patterns: tuple[str, ...] | None) -> tuple[F
         return tuple(file for file in files if any(fnmatchcase(file.path, p) for p in patterns))
     top = [file for file in files if "/" not in file.path]
     weights: list[File] = []
-    for pattern in WEIGHTS:
+    both = any(
+        file.path == "open_clip_config.json" for file in top
+    )  # timm's weights may lie beside
+    for pattern in (*(OPEN_CLIP if both else ()), *WEIGHTS):
         weights = [file for file in top if fnmatchcase(file.path, pattern)]
         if weights:
             break

@@ -16,8 +16,11 @@ from mmadapt.zoo.digests import compare, digest_of, problem
 from mmadapt.zoo.download import PART
 from mmadapt.zoo.entries import Entry
 from mmadapt.zoo.files import COMMIT, File, choose, megabytes, role_of
-from mmadapt.zoo.manifest import known
+from mmadapt.zoo.manifest import data_folder, known
 from mmadapt.zoo.obtain import resolve
+
+#: what `verify` says of files that are not damaged
+SOUND = ("sound", "no digest is known")
 
 
 def _kept(root: Path) -> Iterator[tuple[str, Path]]:
@@ -57,7 +60,7 @@ def where() -> Table:
     """The places that are looked through, in order, and what the environment says about them."""
     rows = [(kind, path, "read") for kind, path in places.roots() if kind == "shared"]
     own = [(kind, path, "read and write") for kind, path in places.roots() if kind != "shared"]
-    rows = [("bundled", _data_folder(), "read"), *rows, *own]
+    rows = [("bundled", data_folder(), "read"), *rows, *own]
     rows.append(("hub cache", places.hub_cache(), "used in place"))
     table = Table(("place", "folder", "use", "there", "MB free"))
     for kind, path, use in rows:
@@ -70,42 +73,41 @@ def where() -> Table:
     return table
 
 
-def _data_folder() -> Path:
-    from mmadapt.zoo.manifest import data_folder
-
-    return data_folder()
-
-
 def verify(what: str | Entry | None = None) -> Table:
     """Hash the files of one entry, or of everything that is downloaded, anew: one row a file.
 
     `state` is "sound" or what is wrong; a file whose digest nobody knows says so.
     """
-    items = [resolve(what)] if what is not None else _all_kept()
     table = Table(("name", "file", "MB", "state"))
-    for item in items:
-        found = places.find(item)
-        if found is None and what is not None:
-            raise ZooError(f"{item.name} is not on this machine", f"mmadapt.zoo.get({item.name!r})")
-        for file in found.files if found else ():
-            path = found.folder / file.path  # type: ignore[union-attr]
+    for name, folder, files in _recorded() if what is None else [_located(what)]:
+        for file in files:
+            path = folder / file.path
             wrong = problem(path, file, again=True)
             state = wrong or ("sound" if file.pinned else "no digest is known")
             size = f"{path.stat().st_size / 1e6:.1f}" if path.is_file() else None
-            table.rows.append((item.name, file.path, size, state))
-    bad = sum(row[3] not in ("sound", "no digest is known") for row in table.rows)
+            table.rows.append((name, file.path, size, state))
+    bad = sum(row[3] not in SOUND for row in table.rows)
     table.title = f"{len(table)} files, {bad} damaged"
     return table
 
 
-def _all_kept() -> list[Entry]:
-    names = {name for _, root in places.roots() for name, _ in _kept(root)}
-    entries = known()
-    return [entries[n] if n in entries else resolve(n) for n in sorted(names) if _is_known(n)]
+def _located(what: str | Entry) -> tuple[str, Path, tuple[File, ...]]:
+    item = resolve(what)
+    found = places.find(item)
+    if found is None:
+        raise ZooError(f"{item.name} is not on this machine", f"mmadapt.zoo.get({item.name!r})")
+    return item.name, found.folder, found.files
 
 
-def _is_known(name: str) -> bool:
-    return name in known() or name.startswith("hf:")
+def _recorded() -> Iterator[tuple[str, Path, tuple[File, ...]]]:
+    """Everything in the roots, by the records beside it: a repository's files that were fetched."""
+    for _, root in places.roots():
+        for name, folder in _kept(root):
+            for record in sorted(folder.glob(f"*/{places.RECORD}")):
+                known = places.read_record(record.parent)
+                files = known.files if known else ()
+                there = tuple(file for file in files if (record.parent / file.path).is_file())
+                yield name, record.parent, there
 
 
 def rm(pattern: str, dry_run: bool = False) -> Table:
@@ -232,6 +234,9 @@ def _pairs(path: Path, item: Entry) -> Iterator[tuple[Path, File]]:
             yield path / file.path, file
         if not wanted:
             raise ZooError(f"{path} holds nothing that {item.name} could be loaded from")
+        return
+    if not item.files and "manual" in item.source:
+        yield path, File(path.name, role_of(path.name))
         return
     own = [file for file in item.files if file.path.rpartition("/")[2] == path.name]
     own = own or [f for f in item.files if f.role == "weights"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import Backbone
 from mmadapt.errors import ZooError, did_you_mean
 from mmadapt.zoo.entries import Entry
-from mmadapt.zoo.obtain import obtain, resolve
+from mmadapt.zoo.obtain import get, here, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,10 @@ def load(
                 f"{item.name} is an adapter for {item.base or 'a backbone'}",
                 f'load the backbone, then mmadapt.load_adapter(backbone, "{item.name}")',
             )
-        folder = obtain(item, offline=offline, token=token, progress=progress).folder
+        folder = get(item, offline=offline, token=token, progress=progress)
+        found, _ = here(item)
+        if found is not None:  # from now on, the entry says which version it is
+            item = replace(item, files=found.files, revision=found.revision or item.revision)
     else:
         raise ZooError(
             f"expected a zoo name or a folder, got {type(name).__name__}",

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import http.client
-import os
 import re
-import shutil
-import sys
-import urllib.error
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmadapt.errors import (
@@ -18,23 +11,19 @@ from mmadapt.errors import (
     DownloadError,
     MissingDependencyError,
     OfflineError,
-    StorageError,
     ZooError,
 )
-from mmadapt.train.progress import Progress, in_notebook
-from mmadapt.zoo import hub, places
+from mmadapt.zoo import places
 from mmadapt.zoo.digests import difference, problem
-from mmadapt.zoo.download import PART, fetch_file, only_one
 from mmadapt.zoo.entries import Entry
-from mmadapt.zoo.fetch import request, settings
-from mmadapt.zoo.files import COMMIT, File, megabytes
+from mmadapt.zoo.fetch import settings
+from mmadapt.zoo.files import megabytes
 from mmadapt.zoo.manifest import entry, known
+from mmadapt.zoo.transfer import Transfer, say
 
 HUB_ID = re.compile(
     r"(?P<repo>hf:[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?"
 )
-#: room to leave on a disk
-MARGIN = 1 << 20
 
 
 def resolve(what: str | Entry) -> Entry:
@@ -75,28 +64,14 @@ def get(
 
         folder = zoo.get("sam/vit-b")
     """
-    return obtain(what, patterns=patterns, offline=offline, token=token, progress=progress,
-                  refresh=refresh, to=to).folder  # fmt: skip
-
-
-def obtain(
-    what: str | Entry,
-    *,
-    patterns: Sequence[str] | None = None,
-    offline: bool = False,
-    token: str | bool | None = None,
-    progress: bool = True,
-    refresh: bool = False,
-    to: str | Path | None = None,
-) -> places.Found:
-    """As `get`, and which files they are."""
     item = resolve(what)
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     chosen = None if patterns is None else tuple(patterns)
     damaged = ""
     if to is None and not refresh:
-        found, damaged = _here(item, chosen)
+        found, damaged = here(item, chosen)
         if found is not None:
-            return found
+            return found.folder
     if offline or settings().offline:
         raise _offline(item, damaged or "the network is not to be used")
     _require_libraries(item)
@@ -104,14 +79,14 @@ def obtain(
         raise _by_hand(item)
     show = progress and _can_show()
     if damaged:
-        _say(item, f"{damaged}; fetching it again", show)
+        say(item, f"{damaged}; fetching it again", show)
     try:
-        return _Download(item, chosen, settings(token).token, show, to).run()
+        return Transfer(item, chosen, settings(token).token, show, to).run()
     except OfflineError as error:
         raise _offline(item, error.message, error.hint) from None
 
 
-def _here(item: Entry, patterns: places.Patterns) -> tuple[places.Found | None, str]:
+def here(item: Entry, patterns: places.Patterns = None) -> tuple[places.Found | None, str]:
     """The first verified copy on this machine, and what is wrong with one of the own cache."""
     damaged = ""
     for found in places.candidates(item, patterns):
@@ -130,185 +105,10 @@ def _here(item: Entry, patterns: places.Patterns) -> tuple[places.Found | None, 
     return None, damaged
 
 
-@dataclass
-class _Download:
-    """One entry on its way to this machine."""
-
-    item: Entry
-    patterns: places.Patterns
-    token: str | None
-    show: bool
-    to: str | Path | None
-
-    def run(self) -> places.Found:
-        record = self._record()
-        files = places.wanted(self.item, record.files, self.patterns)
-        if not files:
-            asked = f"matches {', '.join(self.patterns)}" if self.patterns else "can be loaded"
-            raise DownloadError(
-                f"{self.item.name}: {self.item.source} has no file that {asked}",
-                "there: " + (", ".join(file.path for file in record.files[:12]) or "nothing"),
-            )
-        root = self._root()
-        folder = root / places.slug(self.item) / places.key_of(self.item, record.revision)
-        try:
-            return self._into(root, folder, record, files)
-        except OSError as error:
-            if isinstance(error, urllib.error.HTTPError):
-                repo = str(self.item.source.get("hf", ""))
-                raise hub.refused(error, repo, record.revision, self.item.name) from None
-            if error.errno == errno.ENOSPC:
-                raise StorageError(f"the disk is full: {folder}", _room_hint(root)) from None
-            raise StorageError(
-                f"{folder} cannot be written: {error.strerror or error}",
-                "set MMADAPT_CACHE to a folder of yours",
-            ) from None
-
-    def _root(self) -> Path:
-        if self.to is not None:
-            return Path(self.to).expanduser()
-        root, note = places.writable_root()
-        if note:
-            _say(self.item, note, self.show)
-        return root
-
-    def _record(self) -> places.Record:
-        """What there is to fetch: from the manifest where it is pinned, else from its server."""
-        item = self.item
-        if "urls" in item.source:
-            files = tuple(self._sized(file) for file in item.files)
-            return places.Record(item.name, "", files, item.licence["weights"])
-        if item.pinned and COMMIT.fullmatch(item.revision) and self.patterns is None:
-            return places.Record(item.name, item.revision, item.files, item.licence["weights"])
-        revision = item.revision or "main"
-        found = hub.listing(item.source["hf"], revision, self.token, item.name)
-        licence = item.licence["weights"]
-        licence = found.licence if licence == "unknown" else licence
-        return places.Record(item.name, found.commit, found.files, licence)
-
-    def _sized(self, file: File) -> File:
-        """The file with the size its server tells, for the sake of progress; it stays not pinned."""
-        if file.size is not None:
-            return file
-        try:
-            with request(self._urls(file, "")[0], method="HEAD") as answer:
-                length = answer.headers.get("Content-Length") or ""
-        except (OSError, http.client.HTTPException):
-            return file  # the download itself tells what is wrong
-        return replace(file, size=int(length)) if re.fullmatch(r"\d{1,18}", length) else file
-
-    def _urls(self, file: File, commit: str) -> list[str]:
-        if "hf" in self.item.source:
-            return [hub.address(self.item.source["hf"], commit, file.path)]
-        return [url + file.path if url.endswith("/") else url for url in self.item.source["urls"]]
-
-    def _into(
-        self, root: Path, folder: Path, record: places.Record, files: tuple[File, ...]
-    ) -> places.Found:
-        folder.mkdir(parents=True, exist_ok=True)
-        wait = "another process is downloading it; waiting"
-        with only_one(folder / ".lock", lambda: _say(self.item, wait, self.show)) as alone:
-            earlier = places.read_record(folder)  # another process may have been here meanwhile
-            told = {file.path: file for file in earlier.files} if earlier else {}
-            files = tuple(f if f.pinned else told.get(f.path, f) for f in files)
-            missing = [f for f in files if not f.pinned or problem(folder / f.path, f)]
-            self._require_room(root, folder, missing)
-            digests = self._fetch(folder, missing, record, alone)
-            known = {file.path: file for file in (*record.files, *files)}
-            for path, sha256 in digests.items():
-                size = (folder / path).stat().st_size
-                known[path] = replace(known[path], size=size, sha256=sha256)
-            places.write_record(folder, replace(record, files=tuple(known.values())))
-            if "hf" in self.item.source and not COMMIT.fullmatch(self.item.revision):
-                revision = self.item.revision or "main"
-                places.remember_commit(root, self.item, revision, record.revision)
-                self._say_pin(record, revision)
-            elif digests and not self.item.pinned:
-                got = ", ".join(f"{path} sha256 {digest}" for path, digest in digests.items())
-                _say(self.item, f"not pinned in the manifest; recorded {got}", self.show)
-            pinned = tuple(known[file.path] for file in files)
-            return places.Found(folder, pinned, "cached", record.revision)
-
-    def _say_pin(self, record: places.Record, revision: str) -> None:
-        name = f"hf:{self.item.source['hf']}"
-        _say(
-            self.item,
-            f"{revision} is commit {record.revision}, which later calls use; {name}@{record.revision} "
-            "asks for it on any machine",
-            self.show,
-        )
-
-    def _require_room(self, root: Path, folder: Path, missing: list[File]) -> None:
-        need = 0
-        for file in missing:
-            part = _part(folder / file.path)
-            need += max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
-        free = shutil.disk_usage(folder).free
-        if need and free < need + MARGIN:
-            raise StorageError(
-                f"{self.item.name} needs {megabytes(need)} in {root}, {megabytes(free)} are free",
-                _room_hint(root),
-            )
-
-    def _fetch(
-        self, folder: Path, missing: list[File], record: places.Record, alone: bool
-    ) -> dict[str, str]:
-        """Fetch what is missing, one file after another; sha256 by path."""
-        if not missing:
-            return {}
-        total = sum(file.size or 0 for file in missing)
-        terms = f"{megabytes(total) if total else 'size unknown'}, licence {record.licence}"
-        limits = self.item.licence.get("restrictions") or []
-        _say(self.item, ", ".join([terms, *limits]), self.show)
-        digests: dict[str, str] = {}
-        is_hub = "hf" in self.item.source
-        before = 0
-        with Progress(self.item.name, total, show=self.show, unit="B") as bar:
-            for file in missing:
-                path = folder / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                begun = before
-                try:
-                    digests[file.path] = fetch_file(
-                        self._urls(file, record.revision),
-                        path,
-                        file,
-                        token=self.token if is_hub else None,
-                        report=lambda done, begun=begun: bar.update(begun + done),
-                        hub=is_hub,
-                        part=_part(path) if alone else _part(path, f".{os.getpid()}"),
-                    )
-                except KeyboardInterrupt:
-                    share = f"{100 * bar.done / total:.0f} %" if total else megabytes(bar.done)
-                    bar.note(f"stopped; {share} is kept, run it again to go on")
-                    raise
-                before += file.size or path.stat().st_size
-                bar.update(before)
-        return digests
-
-
-def _part(path: Path, mark: str = "") -> Path:
-    return path.with_name(f"{path.name}{mark}{PART}")
-
-
 def _can_show() -> bool:
     from importlib.util import find_spec
 
     return find_spec("tqdm") is not None
-
-
-def _say(item: Entry, text: str, show: bool) -> None:
-    """One line beside the results; in a terminal on standard error, so that output can be piped."""
-    if show:
-        print(f"{item.name}: {text}", file=sys.stdout if in_notebook() else sys.stderr)
-
-
-def _room_hint(root: Path) -> str:
-    from mmadapt.zoo.keeping import largest
-
-    kept = largest(root)
-    listed = "; ".join(f"mmadapt zoo rm {name}  ({megabytes(size)})" for name, size in kept)
-    return listed or "set MMADAPT_CACHE to a folder on a larger disk"
 
 
 def _offline(item: Entry, why: str, hint: str = "") -> OfflineError:

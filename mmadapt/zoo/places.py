@@ -185,6 +185,8 @@ def wanted(item: Entry, listed: tuple[File, ...], patterns: Patterns) -> tuple[F
     if item.files and patterns is None:
         known = {file.path: file for file in listed}
         return tuple(file if file.pinned else known.get(file.path, file) for file in item.files)
+    if "hf" not in item.source and patterns is None:
+        return listed
     return choose(listed or item.files, patterns)
 
 

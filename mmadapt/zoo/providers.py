@@ -170,7 +170,7 @@ def _open_clip(folder: Path, item: Entry | None, dtype: Dtype) -> Backbone:
     from mmadapt.backbones.images import OpenClipPreprocess
 
     config = _json(folder / "open_clip_config.json")
-    settings = config["model_cfg"]
+    settings = {**config["model_cfg"], **_config(item).get("model_cfg", {})}
     with weights.without_values():
         model = _open_clip_model(settings)
     path = _weights(folder, item, "open_clip_model.safetensors")
@@ -189,7 +189,7 @@ def _open_clip_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
     from open_clip.tokenizer import SimpleTokenizer
 
     merges = folder / "bpe.txt.gz"
-    own = {"bpe_path": str(merges)} if merges.is_file() else {}
+    own: dict[str, Any] = {"bpe_path": str(merges)} if merges.is_file() else {}
     return SimpleTokenizer(context_length=text["context_length"], **own)
 
 
@@ -239,6 +239,7 @@ def _segment_anything(folder: Path, item: Entry | None, size: str, dtype: Dtype)
 def _timm(folder: Path, item: Entry | None, config: dict[str, Any], dtype: Dtype) -> Backbone:
     try:
         import timm
+        from timm.data.config import resolve_model_data_config
     except ImportError as error:
         raise MissingDependencyError(f"{folder} needs timm", "pip install timm") from error
     from mmadapt.backbones.images import TimmPreprocess
@@ -260,5 +261,5 @@ def _timm(folder: Path, item: Entry | None, config: dict[str, Any], dtype: Dtype
         raise ZooError(f"timm cannot build {name!r}: {error}") from None
     path = _weights(folder, item, "model.safetensors")
     weights.fill(model, weights.read(path, item.globals if item else ()), path, dtype)
-    settings = timm.data.resolve_model_data_config(model)
+    settings = resolve_model_data_config(model)
     return Backbone(model, TimmPreprocess(settings), entry=item)

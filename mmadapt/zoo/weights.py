@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pickle
+import re
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -33,10 +34,10 @@ def without_values() -> Iterator[None]:
     register = nn.Module.register_parameter
     here = threading.get_ident()
 
-    def bare(self: nn.Module, name: str, value: nn.Parameter | None) -> None:
-        if value is not None and threading.get_ident() == here:
-            value = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
-        register(self, name, value)
+    def bare(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == here:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = bare
     try:
@@ -127,10 +128,12 @@ def _read_pickled(path: Path, allowed: Sequence[str]) -> Any:
         with torch.serialization.safe_globals(classes):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        told = str(error).replace("\n", " ")
-        raise ZooError(
-            f"{path} would run code or name classes that no entry allows: {told[:300]}",
-            "ask for safetensors, or convert it where you trust it",
+        named = re.search(r"GLOBAL (\S+)", str(error))  # how torch names the first one it refuses
+        if named:
+            raise _refused(path, [named[1]]) from None
+        raise ChecksumError(
+            f"{path} is no whole checkpoint of torch, or one that has to run code to be read",
+            "fetch it again, or ask for safetensors",
         ) from None
     except Exception as error:  # damaged pickles fail in every way there is
         raise ChecksumError(
@@ -156,6 +159,12 @@ def _require_safe(path: Path, allowed: Sequence[str]) -> bool:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ChecksumError(f"{path} is no whole archive: {error}", "fetch it again") from None
+    names = {member.filename.rpartition("/")[2] for member in members}
+    if "constants.pkl" in names:
+        raise ZooError(
+            f"{path} is a TorchScript archive, which is code",
+            "ask for the safetensors of the model",
+        )
     packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     size = path.stat().st_size
     if packed or sum(member.file_size for member in members) > size:
@@ -163,12 +172,6 @@ def _require_safe(path: Path, allowed: Sequence[str]) -> bool:
             f"{path} promises more than its {size} bytes hold"
             + (f" ({packed[0]} is compressed, which torch never does)" if packed else ""),
             "it was not written by torch",
-        )
-    names = {member.filename.rpartition("/")[2] for member in members}
-    if "constants.pkl" in names:
-        raise ZooError(
-            f"{path} is a TorchScript archive, which is code",
-            "ask for the safetensors of the model",
         )
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -179,8 +182,12 @@ def _require_safe(path: Path, allowed: Sequence[str]) -> bool:
         ) from None
     refused = [name for name in found if name not in allowed]
     if refused:
-        raise ZooError(
-            f"{path} names {', '.join(refused[:6])}, which could run code; nothing was read",
-            "ask for safetensors; an entry may allow classes by name in `globals`",
-        )
+        raise _refused(path, refused)
     return True
+
+
+def _refused(path: Path, names: list[str]) -> ZooError:
+    return ZooError(
+        f"{path} names {', '.join(names[:6])}, which could run code; nothing was read",
+        "ask for safetensors; an entry may allow classes by name in `globals`",
+    )
