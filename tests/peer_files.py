@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 
 PEERS = Path(__file__).parent / "peers"
-SIZE = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
-IMAGE = {"image_size": 16, "patch_size": 8}
 #: what transformers 4 called by other names than 5 does, in this order
 _NAMES = (
     (r"^vision_model\.encoder\.layers\.", "encoder.layers."),

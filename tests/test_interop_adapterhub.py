@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from peer_files import IMAGE, PEERS, SIZE, distance, fill, outputs, part
+from peer_files import PEERS, distance, fill, outputs, part
+from peers.kept import IMAGE, SIZE, TEXT, WHISPER
 from safetensors.torch import load_file, save_file
 from snapshot import assert_equal, state
 from torch import Tensor, nn
@@ -23,16 +24,6 @@ from mmadapt.errors import AdapterFileError
 from mmadapt.interop import read_adapterhub
 
 FILES = PEERS / "adapterhub"
-TEXT = {
-    "vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 21, "eos_token_id": 22,
-    "pad_token_id": 23,
-}  # fmt: skip
-WHISPER = {
-    "vocab_size": 24, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24, "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 8,
-    "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
-}  # fmt: skip
 CONFIGS = ("seq", "double", "par", "plus", "norms", "lora")
 
 
@@ -266,6 +257,11 @@ UP = "encoder.layer.0.output.output_adapters.adapters.mine.adapter_up.weight"
         (lambda t: {k: v for k, v in t.items() if k != UP}, f"1 missing: {UP}"),
         (lambda t: {**t, UP: t[UP][:, :2].clone()}, f"{UP} is f32[16,2], expected [16,4]"),
         (lambda t: {**t, "stray": t[UP].clone()}, "1 unexpected: stray"),
+        (lambda t: {**t, f"vit.{UP}": t[UP].clone()}, "1 unexpected: "),
+        (
+            lambda t: {**t, UP.replace("mine", "other"): t[UP].clone()},
+            "holds several adapters in one file: mine, other",
+        ),
         (
             lambda t: {k.replace("layer.1.", "layer.9."): v for k, v in t.items()},
             "8 unexpected: encoder.layer.9.",

@@ -390,12 +390,14 @@ def test_whatever_a_zip_names_nothing_lands_outside(
     with zipfile.ZipFile(path, "w") as made:
         for name, mode, content in members:
             made.writestr(member(name, mode), content)
+    with zipfile.ZipFile(path) as made:
+        names = made.namelist()  # as they are read: cut at a null byte
     try:
         with archive.unpacked(path) as place:
             assert place.parent == own_temporary_folder
             inside = [file for file in place.rglob("*") if file.is_file()]
             assert not any(file.is_symlink() for file in place.rglob("*"))
-            assert len(inside) == sum(not name.endswith("/") for name, _, _ in members)
+            assert len(inside) == sum(not name.endswith("/") for name in names)
     except AdapterFileError:
         pass
     assert unpacked() == []

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from backbones import ALL
-from peer_files import IMAGE, PEERS, SIZE, distance, fill, outputs, part
+from peer_files import PEERS, distance, fill, outputs, part
+from peers.kept import AST, IMAGE, SIZE
+from peers.kept import TIMM as TIMM_SIZE
 from safetensors.torch import load_file, save_file
 from snapshot import assert_close, differ, randomise, state
 from test_store import converted
@@ -26,13 +28,6 @@ from mmadapt.interop import read_peft, write_peft
 
 FILES = PEERS / "peft"
 TIMM, OPEN_CLIP, HF_CLIP = ALL["timm_vit"], ALL["open_clip"], ALL["hf_clip"]
-AST = {
-    "max_length": 24,
-    "num_mel_bins": 16,
-    "patch_size": 8,
-    "frequency_stride": 8,
-    "time_stride": 8,
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +47,8 @@ def backbone(kind: str, saved: dict[str, Tensor]) -> Any:
         "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SIZE, **IMAGE, mlp_ratio=2)),
         "clip_vision": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**SIZE, **IMAGE)),
         "open_clip": lambda: VisionTransformer(16, 8, 16, 2, 2, 2.0, output_dim=8),
-        "timm": lambda: timm.create_model(
-            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2,
-            num_classes=3,
-        ),
-    }  # fmt: skip
+        "timm": lambda: timm.create_model(**TIMM_SIZE),
+    }
     return fill(makers[kind](), part(saved, f"{kind} backbone."))
 
 
@@ -392,6 +384,11 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
         "1 unexpected: base_model.model.",
     ),
     (lambda t: {**t, "stray": t[A0].clone()}, "1 unexpected: stray"),
+    (lambda t: {**t, A0.replace(".weight", ".default.weight"): t[A0].clone()}, "1 unexpected: "),
+    (
+        lambda t: {**t, **{k.replace("vision_model.", ""): v.clone() for k, v in t.items()}},
+        "12 unexpected: base_model.model.",
+    ),
     (
         lambda t: {**t, A0.replace(".weight", ".bias"): t[A0].clone()},
         "unexpected: base_model.model.",

@@ -26,8 +26,8 @@ def is_ours(page: str) -> bool:
     return _MARK in page
 
 
-def card(manifest: Mapping[str, Any], source: str) -> str:
-    """The page of an adapter with this manifest, which `load_adapter` finds at `source`."""
+def card(manifest: Mapping[str, Any], source: str = "") -> str:
+    """The page of an adapter with this manifest: of a hub id, or of the folder it lies in."""
     adapters = [
         from_json({key: value for key, value in item.items() if key != "sites"})
         for item in manifest["adapters"]
@@ -40,6 +40,7 @@ def card(manifest: Mapping[str, Any], source: str) -> str:
         if zoo
         else f"backbone = ...  # of class {backbone['class']}"
     )
+    where = f"{json.dumps(source)})" if source else '"./adapter")  # the folder of this page'
     papers = dict.fromkeys(paper for adapter in adapters for paper in adapter.source.split("; "))
     return f"""---
 {_front(manifest, adapters)}
@@ -60,7 +61,7 @@ def card(manifest: Mapping[str, Any], source: str) -> str:
 import mmadapt as mm
 
 {load}
-mm.load_adapter(backbone, {json.dumps(source)})
+mm.load_adapter(backbone, {where}
 ```
 
 Another backbone is refused. `mm.set_active`, `mm.disabled` and `mm.detach` switch it.

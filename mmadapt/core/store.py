@@ -89,7 +89,7 @@ def content(
 
 def write(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """The files of an adapter, each whole or not at all."""
-    files = to_files(manifest, tensors, f"./{folder.name}")
+    files = to_files(manifest, tensors)
     if folder.exists() and not folder.is_dir():
         raise AdapterFileError(f"{folder} is a file", "adapters are saved to a folder")
     if not writes():
@@ -101,8 +101,10 @@ def write(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
     return folder
 
 
-def to_files(manifest: dict[str, Any], tensors: dict[str, Tensor], source: str) -> dict[str, bytes]:
-    """The files of an adapter by name, the one that decides first; `source` is where it will be found."""
+def to_files(
+    manifest: dict[str, Any], tensors: dict[str, Tensor], source: str = ""
+) -> dict[str, bytes]:
+    """The files of an adapter by name, the one that decides first; `source` is the hub id it will have."""
     from safetensors.torch import save as to_bytes
 
     try:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.errors import AdapterFileError
 from mmadapt.interop.adapterhub_config import Architecture, architecture
 from mmadapt.interop.adapterhub_head import place_head
-from mmadapt.interop.foreign import ForeignFile, load_tensors, told_of
+from mmadapt.interop.foreign import ForeignFile, load_tensors, some, told_of
 from mmadapt.interop.module_paths import Places
 from mmadapt.interop.peft_config import CONFIG, read_json, weights_at
 from mmadapt.interop.placing import Placing
@@ -32,6 +33,7 @@ _LEGACY = re.compile(r"\.(?:attention_text|layer_text)_(?:task|lang)_adapters\."
 _BOTTLENECK = re.compile(
     r"(.+?\.)(?:output\.)?(attention|cross_attention|output)_adapters\.adapters\.([^.]+)\.(.+)\Z"
 )
+_NAME = re.compile(r"\.(?:adapters|loras)\.([^.]+)\.")
 _LORA = re.compile(r"(.+)\.loras\.([^.]+)\.(lora_[AB])\Z")
 #: theirs -> ours; the norm before stands twice in a file, below its own name and as adapter_down.0
 _WORDS = {
@@ -69,6 +71,12 @@ def _attach(
     placing = Placing(Places.of(m))
     stored = load_tensors(weights_at(folder, WEIGHTS))
     renamed = {_LEGACY.sub(".adapters.", key): value for key, value in stored.items()}
+    names = {match[1] for key in renamed for match in [_NAME.search(key)] if match}
+    if len(renamed) < len(stored) or len(names) > 1:
+        raise AdapterFileError(
+            f"{folder} holds several adapters in one file: {some(sorted(names))}",
+            "save them one by one with AdapterHub's save_adapter",
+        )
     place = _place_lora if made.method == "lora" else _place_bottlenecks
     roles = place(placing, made, renamed)
     if made.everywhere:
@@ -94,7 +102,7 @@ def _place_lora(
             placing.unexpected.append(key)
     for path, keys in pairs.items():
         roles = placing.places.of_module(path)
-        if len(roles) != 1:
+        if len(roles) != 1 or found & set(roles):
             placing.unexpected += keys.values()
             continue
         found |= set(roles)
@@ -134,7 +142,8 @@ def _place_bottlenecks(
         if match is None or place is None or not known or rest:
             placing.unexpected.append(key)
         else:
-            found.setdefault(place, {})[match[4]] = key
+            if found.setdefault(place, {}).setdefault(match[4], key) != key:
+                placing.unexpected.append(key)
     for place, keys in found.items():
         _place_bottleneck(placing, made, place, keys, stored)
     return {f"{place.block}.{place.branch}" for place in found}
@@ -157,10 +166,8 @@ def _place_bottleneck(
     if not wanted.keys() <= keys.keys():
         return
     down = stored[keys[f"{linear}.weight"]]
-    width, channels = (
-        len(down),
-        placing.places.view(f"{place.block}.{place.branch}", ("out",)).width,
-    )
+    width = len(down)
+    channels = placing.places.view(f"{place.block}.{place.branch}", ("out",)).width
     shapes = {
         "down": (width, channels),
         "down_bias": (width,),

@@ -116,7 +116,8 @@ def _read_peft(
     matches = {key: _PEFT_KEY.fullmatch(key) for key in stored}
     found = {(int(k[1]), k[2]): stored[key] for key, k in matches.items() if k is not None}
     unexpected = [key for key, match in matches.items() if match is None]
-    length, count = config.get("adapter_len"), config.get("adapter_layers")
+    length: Any = config.get("adapter_len")
+    count: Any = config.get("adapter_layers")
     depth = depth_of(m)
     check_depth(count, depth)
     wanted = {(i, part) for i in range(depth - count, depth) for part in ("prompt", "gate")}

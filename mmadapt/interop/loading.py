@@ -118,8 +118,10 @@ def _opened(path: Path) -> Iterator[Path]:
 
 def _is_archive(path: Path) -> bool:
     """Whether it is a zip, and none of torch's, which are zips too."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return path.suffix == ".zip" and path.is_file()
+    if not path.is_file() or path.suffix == ".safetensors":
+        return False
+    if path.suffix == ".zip" or not zipfile.is_zipfile(path):
+        return path.suffix == ".zip"
     try:
         with zipfile.ZipFile(path) as archive:
             return not any(name.endswith("data.pkl") for name in archive.namelist())

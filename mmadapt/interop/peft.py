@@ -88,10 +88,12 @@ class _Lora:
             short = key.removeprefix(PREFIX)
             pair, alone = _LORA.match(short), _PLAIN.match(short)
             if pair:
-                pairs.setdefault(pair[1], {})[pair[2], pair[3]] = key
+                kept = pairs.setdefault(pair[1], {}).setdefault((pair[2], pair[3]), key)
             elif alone and ".lora_" not in short:
-                plain.setdefault(alone[1], {})[alone[2]] = key
+                kept = plain.setdefault(alone[1], {}).setdefault(alone[2], key)
             else:
+                kept = ""
+            if kept != key:  # of no module, or there in another spelling
                 self.placing.unexpected.append(key)
         for path, keys in pairs.items():
             self._pair(path, keys, stored)
@@ -105,7 +107,7 @@ class _Lora:
         from mmadapt.interop.packed import unpack
 
         roles = self.placing.places.of_module(path.replace(_INNER, ""))
-        if not roles or ("A", "bias") in keys:
+        if not roles or ("A", "bias") in keys or self.found & set(roles):
             self.placing.unexpected += keys.values()
             return
         self.found |= set(roles)

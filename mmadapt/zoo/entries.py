@@ -162,7 +162,7 @@ class Entry:
     def __repr__(self) -> str:
         numbers = "" if self.parameters is None else f"{count(self.parameters)} parameters, "
         if self.kind == "adapter":
-            load = f'mmadapt.zoo.get("{self.name}")'
+            load = f'mmadapt.load_adapter(backbone, "{self.name}")'
         else:
             load = f'mmadapt.load("{self.name}")'
         pinned = "" if self.pinned else "\n  not pinned: the first download records what it got"

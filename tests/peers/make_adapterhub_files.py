@@ -13,10 +13,7 @@ Tiny random ViT, CLIP and Whisper, each with six adapters of random weights: the
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
-import zipfile
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import adapters
@@ -30,7 +27,7 @@ from adapters import (
     SeqBnConfig,
     ViTAdapterModel,
 )
-from safetensors.torch import save_file
+from kept import HERE, IMAGE, SIZE, TEXT, WHISPER, keep, off_their_starts, zipped
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -42,21 +39,6 @@ from transformers import (
     WhisperModel,
 )
 
-HERE = Path(__file__).resolve().parent
-SIZE = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
-IMAGE = {"image_size": 16, "patch_size": 8}
-TEXT = {
-    "vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 21, "eos_token_id": 22,
-    "pad_token_id": 23,
-}  # fmt: skip
-WHISPER = {
-    "vocab_size": 24, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24, "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 8,
-    "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
-}  # fmt: skip
 CONFIGS: dict[str, Any] = {
     "seq": SeqBnConfig(reduction_factor=4, mh_adapter=True),
     "double": DoubleSeqBnConfig(reduction_factor=4, cross_adapter=True),
@@ -86,14 +68,7 @@ def backbones() -> dict[str, nn.Module]:
         "clip": CLIPModel(clip),
         "whisper": WhisperModel(WhisperConfig(**WHISPER)),
     }
-    for model in found.values():
-        for parameter in model.parameters():  # the library's 0.02 would hide errors
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.data.add_(0.05 * torch.randn(parameter.shape))
-        model.eval()
-    return found
+    return {kind: off_their_starts(model) for kind, model in found.items()}
 
 
 def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -113,16 +88,6 @@ def add(model: Any, name: str, config: Any) -> None:
     for key, parameter in model.named_parameters():
         if f".{name}." in key:
             parameter.data.add_(0.2 * torch.randn(parameter.shape))
-
-
-def zipped(model: Any, name: str, target: Path, **options: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_adapter(folder, name, **options)
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(Path(folder).iterdir()):
-                archive.writestr(
-                    zipfile.ZipInfo(file.name), file.read_bytes(), zipfile.ZIP_DEFLATED
-                )
 
 
 def main() -> None:
@@ -155,7 +120,10 @@ def main() -> None:
             add(model, "mine", config)
             kept[f"{kind} {word}"] = outputs(model, batches[kind])
             plain = {} if word == "norms" else {"use_safetensors": True}  # it shares tensors
-            zipped(model, "mine", folder / f"{kind}_{word}.zip", **plain)
+            zipped(
+                partial(model.save_adapter, adapter_name="mine", **plain),
+                folder / f"{kind}_{word}.zip",
+            )
     config = ViTConfig(**SIZE, **IMAGE, num_labels=3)
     vit = {k[13:]: v for k, v in kept.items() if k.startswith("vit backbone.")}
     flexible = ViTAdapterModel(config)
@@ -165,26 +133,23 @@ def main() -> None:
     labels = {0: "cat", 1: "dog", 2: "newt"}
     flexible.add_image_classification_head("pets", num_labels=3, layers=1, id2label=labels)
     kept["vit pets"] = outputs(flexible.eval(), batches["vit"])
-    zipped(flexible, "pets", folder / "vit_pets.zip")
+    zipped(partial(flexible.save_adapter, adapter_name="pets"), folder / "vit_pets.zip")
     fixed = ViTForImageClassification(config)
     fixed.vit.load_state_dict({k: v for k, v in vit.items() if "pooler" not in k})
     adapters.init(fixed)
     add(fixed, "own", LoRAConfig(r=2, alpha=2))
     kept["vit own"] = outputs(fixed, batches["vit"])
-    zipped(fixed, "own", folder / "vit_own.zip")
+    zipped(partial(fixed.save_adapter, adapter_name="own"), folder / "vit_own.zip")
     for word, refused in REFUSED.items():
         model = backbones()["vit"]
         adapters.init(model)
         model.add_adapter("mine", config=refused)
-        zipped(model, "mine", folder / f"vit_{word}.zip")
+        zipped(partial(model.save_adapter, adapter_name="mine"), folder / f"vit_{word}.zip")
     versions = (
         f"adapters {adapters.__version__}, transformers {transformers.__version__}, "
         f"{torch.__version__}"
     )
-    path = HERE / "adapterhub_files.safetensors"
-    save_file({k: v.contiguous().clone() for k, v in kept.items()}, path, {"made with": versions})
-    print(path.name, path.stat().st_size, versions)
-    print(json.dumps({f.name: f.stat().st_size for f in sorted(folder.iterdir())}, indent=1))
+    keep(kept, "adapterhub_files", versions, folder)
 
 
 if __name__ == "__main__":

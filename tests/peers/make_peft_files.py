@@ -12,10 +12,6 @@ zipped, in `peft/`; backbones, inputs and outputs in `peft_files.safetensors`.
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -23,9 +19,9 @@ import peft
 import timm
 import torch
 import transformers
+from kept import AST, HERE, IMAGE, SIZE, TIMM, keep, off_their_starts, zipped
 from open_clip.transformer import VisionTransformer
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     ASTConfig,
@@ -38,18 +34,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-HERE = Path(__file__).resolve().parent
-SIZE = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
-IMAGE = {"image_size": 16, "patch_size": 8}
-AST = {
-    "max_length": 24,
-    "num_mel_bins": 16,
-    "patch_size": 8,
-    "frequency_stride": 8,
-    "time_stride": 8,
-}
 OLD = ["query", "value", "intermediate.dense", "output.dense"]
 CASES: dict[str, LoraConfig] = {
     "vit": LoraConfig(
@@ -81,19 +65,9 @@ def backbones() -> dict[str, nn.Module]:
         "dinov2": Dinov2Model(Dinov2Config(**SIZE, **IMAGE, mlp_ratio=2)),
         "clip_vision": CLIPVisionModel(CLIPVisionConfig(**SIZE, **IMAGE)),
         "open_clip": VisionTransformer(16, 8, 16, 2, 2, 2.0, output_dim=8),
-        "timm": timm.create_model(
-            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2,
-            num_classes=3,
-        ),
-    }  # fmt: skip
-    for model in found.values():
-        for parameter in model.parameters():  # the libraries' 0.02 would hide errors
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.data.add_(0.05 * torch.randn(parameter.shape))
-        model.eval()
-    return found
+        "timm": timm.create_model(**TIMM),
+    }
+    return {kind: off_their_starts(model) for kind, model in found.items()}
 
 
 def outputs(model: Any, batch: Tensor) -> Tensor:
@@ -112,16 +86,6 @@ def adapted(bare: nn.Module, config: LoraConfig) -> Any:
     return model
 
 
-def zipped(model: Any, target: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(Path(folder).iterdir()):
-                archive.writestr(
-                    zipfile.ZipInfo(file.name), file.read_bytes(), zipfile.ZIP_DEFLATED
-                )
-
-
 def main() -> None:
     torch.manual_seed(0)
     folder = HERE / "peft"
@@ -135,17 +99,14 @@ def main() -> None:
         kept |= {f"{kind} batch": batch, f"{kind} bare": outputs(bare[kind], batch)}
         model = adapted(bare[kind], config)
         kept[kind] = outputs(model.base_model.model, batch)
-        zipped(model, folder / f"{kind}.zip")
+        zipped(model.save_pretrained, folder / f"{kind}.zip")
     for word, config in REFUSED.items():
-        zipped(adapted(bare["clip_vision"], config), folder / f"{word}.zip")
+        zipped(adapted(bare["clip_vision"], config).save_pretrained, folder / f"{word}.zip")
     versions = (
         f"peft {peft.__version__}, transformers {transformers.__version__}, open_clip "
         f"{open_clip.__version__}, timm {timm.__version__}, {torch.__version__}"
     )
-    path = HERE / "peft_files.safetensors"
-    save_file({k: v.contiguous().clone() for k, v in kept.items()}, path, {"made with": versions})
-    print(path.name, path.stat().st_size, versions)
-    print(json.dumps({f.name: f.stat().st_size for f in sorted(folder.iterdir())}, indent=1))
+    keep(kept, "peft_files", versions, folder)
 
 
 if __name__ == "__main__":
