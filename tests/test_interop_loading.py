@@ -21,7 +21,13 @@ from snapshot import assert_equal, randomise, state
 from test_interop_peft import FILES as PEFT
 
 import mmadapt as mm
-from mmadapt.errors import AdapterFileError, DownloadError, OfflineError, ZooError
+from mmadapt.errors import (
+    AdapterFileError,
+    DownloadError,
+    OfflineError,
+    WrongBackboneError,
+    ZooError,
+)
 from mmadapt.interop import archive
 
 HOME = BACKBONES["open_clip"]
@@ -188,6 +194,21 @@ def test_a_zoo_name_stands_for_a_published_adapter(
         )
     )
     assert_equal(outputs(loaded("lab/clip+sketch")), outputs(loaded(folder)))
+
+
+def test_a_published_adapter_for_another_backbone_is_refused_before_it_is_fetched(
+    hub: Hub, empty_home: Path
+) -> None:
+    from mmadapt.zoo import Entry, register
+
+    licence = {"weights": "MIT", "declared_by": "test"}
+    facts: Any = {"kind": "adapter", "base": "tiny/sam", "licence": licence}
+    register(Entry("tiny/sam+sketch", "a sketch", "", {"hf": "me/sketch"}, **facts))
+    clip = mm.load("tiny/clip")
+    with pytest.raises(WrongBackboneError) as error:
+        mm.load_adapter(clip, "tiny/sam+sketch")
+    assert "tiny/sam+sketch was made for tiny/sam, this is tiny/clip" in str(error.value)
+    assert not hub.requests and not mm.attachments(clip)
 
 
 # -- released checkpoints -----------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def load_folder(
     if trained_on and here and trained_on != here:
         warnings.warn(
             f"{folder} was trained on weights {trained_on[:12]}…, this backbone has {here[:12]}…",
-            stacklevel=2,
+            stacklevel=4,  # whoever called load_adapter
         )
     return attachment
 

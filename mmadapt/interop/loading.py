@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.backbone import unwrap
 from mmadapt.core.restore import load_folder
 from mmadapt.core.store import MANIFEST, TENSORS
 from mmadapt.errors import AdapterFileError, ZooError
@@ -62,14 +63,14 @@ def load_adapter(
 
         mm.load_adapter(clip, "./sketch")
     """
-    with _opened(located(path_or_id)) as path, _opened(_found(path)) as found:
+    with _opened(_located(m, path_or_id)) as path, _opened(_found(path)) as found:
         return _load(m, found, name, replace)
 
 
-def located(source: Any) -> Path:
+def _located(m: Any, source: Any) -> Path:
     """The folder or file a path, hub id or zoo name stands for, fetched where need be."""
     if isinstance(source, str) and not source.startswith(("./", "../", "/", "~")):
-        return _fetched(source)
+        return _fetched(m, source)
     if not isinstance(source, (str, Path)):
         raise AdapterFileError(
             f"expected a path, a hub id or a zoo name, got {type(source).__name__}",
@@ -84,7 +85,7 @@ def located(source: Any) -> Path:
     return path
 
 
-def _fetched(name: str) -> Path:
+def _fetched(m: Any, name: str) -> Path:
     from mmadapt.zoo.obtain import get, resolve
 
     try:
@@ -99,6 +100,7 @@ def _fetched(name: str) -> Path:
         return get(item, patterns=_ON_THE_HUB)
     if item.kind != "adapter":
         raise ZooError(f"{item.name} is a backbone", f"mmadapt.load({item.name!r}) loads it")
+    item.require_base(unwrap(m)[2])
     return get(item)
 
 
