@@ -61,7 +61,7 @@ class LocalHub(ThreadingHTTPServer):
 
     `break_after` is how many more bytes of files it sends before its cable is pulled; None mends it.
     `altered` holds other contents for files, by path, which are sent as if they were the right ones.
-    `answers` are the files that were asked for.
+    `answers` are the files that were asked for, `requests` counts requests of any kind.
 
         with LocalHub() as hub:
             commit = hub.add("lab/model", {"config.json": b"{}"})
@@ -75,6 +75,7 @@ class LocalHub(ThreadingHTTPServer):
         self.break_after: int | None = None
         self.altered: dict[str, bytes] = {}
         self.answers: list[Answer] = []
+        self.requests = 0
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -108,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.server.requests += 1
         if self.server.break_after == 0:  # no answer at all
             self.close_connection = True
             return
@@ -132,6 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         hub = self.server
+        hub.requests += 1
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._json({"error": "who is this?"}, 401)
