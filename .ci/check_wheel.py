@@ -13,6 +13,8 @@ wanted = (
     "mmadapt/kernels/__init__.py",
     "mmadapt/kernels/launch.py",
     "mmadapt/kernels/forward.py",
+    "mmadapt/ui/click.css",
+    "mmadapt/ui/click.js",
     "mmadapt/kernels/cuda/launch.py",
     "mmadapt/kernels/cuda/primitives.cuh",
     "mmadapt/kernels/cuda/activations.cuh",

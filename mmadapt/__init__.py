@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmadapt import adapter, errors, interop, ops, tasks, zoo
+    from mmadapt import adapter, errors, interop, ops, tasks, ui, zoo
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
@@ -100,7 +100,7 @@ _HOMES = {
     "mmadapt.train.optimiser": "Optimiser",
     "mmadapt.zoo.loading": "load",
 }
-_MODULES = ("adapter", "errors", "interop", "ops", "tasks", "zoo")
+_MODULES = ("adapter", "errors", "interop", "ops", "tasks", "ui", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -113,12 +113,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return importlib.import_module(f"mmadapt.{name}")
-    from mmadapt.errors import did_you_mean
+    from mmadapt.errors import no_attribute
 
-    hint = did_you_mean(name, __all__) if not name.startswith("_") else ""
-    raise AttributeError(
-        f"module 'mmadapt' has no attribute {name!r}" + (f"; {hint}" if hint else "")
-    )
+    raise no_attribute("mmadapt", name, __all__)
 
 
 def __dir__() -> list[str]:

@@ -101,3 +101,11 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     if 0 < len(options) <= 12:
         return "known: " + ", ".join(options)
     return ""
+
+
+def no_attribute(module: str, name: str, options: Iterable[str]) -> AttributeError:
+    """What a module of lazy names raises for one that it does not have."""
+    hint = did_you_mean(name, options) if not name.startswith("_") else ""
+    return AttributeError(
+        f"module {module!r} has no attribute {name!r}" + (f"; {hint}" if hint else "")
+    )

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+#: markers whose tests run on request only
+ASKED_FOR = ("slow", "browser")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow marker's tests out unless -m or a test's own id asks for them."""
+    """Leave such tests out unless -m or a test's own id asks for them."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    left = [item for item in items if any(map(item.get_closest_marker, ASKED_FOR))]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 def _is_local(address: Any) -> bool:
