@@ -1,6 +1,7 @@
 """How long a backbone takes from its file to ready, by the zoo and by its own library.
 
-    python benchmarks/zoo_load.py
+    python benchmarks/zoo_load.py              # every model
+    python benchmarks/zoo_load.py --only CLIP  # those; what was measured of others before stays
 
 Random weights of the real shapes in a temporary folder of 4 GB, one thread; each measurement is a process of
 its own that has imported its libraries before. Writes zoo_load.json beside itself and the table in docs/zoo.md.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from machine import processor
 from pages import fill
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "zoo_load.json"
 ROUNDS = 3
 #: what is loaded -> (builder of the zoo, file, what its own library does)
 CASES = {
@@ -150,7 +153,7 @@ def measure(case: str, way: str, folder: Path) -> dict[str, float]:
     module = getattr(model, "model", model) if way == "zoo" else model
     touched = 0
     for parameter in module.parameters():  # a byte of every page: what a first pass has to bring in
-        touched += int(parameter.detach().view(torch.uint8).flatten()[::4096].sum())
+        touched += int(parameter.detach().flatten().view(torch.uint8)[::4096].sum())
     assert touched > 0
     return {**found, "used": time.perf_counter() - wall, "used_cpu": time.process_time() - cpu}
 
@@ -162,37 +165,46 @@ def peak_memory() -> float:
     return int(line.split()[1]) / 1000
 
 
-def main() -> None:
-    rows = []
+def main(only: str = "") -> None:
     with tempfile.TemporaryDirectory() as place:
         os.environ["MMADAPT_CACHE"] = f"{place}/cache"
-        for case, (_, file, usual) in CASES.items():
-            folder = Path(place) / "weights"
-            write_weights(case, folder)
-            import mmadapt as mm
-
-            mm.zoo.import_file(folder / file if file.endswith(".pth") else folder, entry(case))
-            megabytes = (folder / file).stat().st_size / 1e6
-            for way in ("library", "zoo"):
-                found = [_process(case, way, folder) for _ in range(ROUNDS)]
-                median = {key: statistics.median(f[key] for f in found) for key in found[0]}
-                rounded = {key: round(value, 3) for key, value in median.items()}
-                rows.append(
-                    {"model": case, "way": way, "usual": usual, "file": round(megabytes), **rounded}
-                )
-                print(rows[-1], flush=True)
-            mm.zoo.rm(entry(case).name)
-            subprocess.run(["rm", "-r", str(folder)], check=True)
-    import torch
-
-    result = {
-        "machine": f"{processor()}, 1 thread, torch {torch.__version__}",
-        "rounds": ROUNDS,
-        "rows": rows,
-    }
-    (HERE / "zoo_load.json").write_text(json.dumps(result, indent=1) + "\n")
+        for case in CASES:
+            if only in case:
+                keep(case, compare(case, Path(place) / "weights"))
+    result = json.loads(RESULTS.read_text())
     page = HERE.parent / "docs" / "zoo.md"
     page.write_text(fill(page.read_text(), {"load": table(result)}))
+
+
+def compare(case: str, folder: Path) -> list[dict[str, Any]]:
+    """Both ways of loading one model, medians of several processes."""
+    import mmadapt as mm
+
+    _, file, usual = CASES[case]
+    write_weights(case, folder)
+    mm.zoo.import_file(folder / file if file.endswith(".pth") else folder, entry(case))
+    megabytes = (folder / file).stat().st_size / 1e6
+    rows = []
+    for way in ("library", "zoo"):
+        found = [_process(case, way, folder) for _ in range(ROUNDS)]
+        median = {key: round(statistics.median(f[key] for f in found), 3) for key in found[0]}
+        rows.append({"model": case, "way": way, "usual": usual, "file": round(megabytes), **median})
+        print(rows[-1], flush=True)
+    mm.zoo.rm(entry(case).name)
+    shutil.rmtree(folder)
+    return rows
+
+
+def keep(case: str, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured of one model, in the order of CASES."""
+    import torch
+
+    earlier = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = [row for row in earlier if row["model"] != case] + rows
+    rows.sort(key=lambda row: list(CASES).index(row["model"]))
+    machine = f"{processor()}, 1 thread, torch {torch.__version__}"
+    result = {"machine": machine, "rounds": ROUNDS, "rows": rows}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _process(case: str, way: str, folder: Path) -> dict[str, float]:
@@ -226,7 +238,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 4:
         print(json.dumps(measure(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
     else:
-        main()
+        main(sys.argv[2] if sys.argv[1:2] == ["--only"] else "")

@@ -160,7 +160,7 @@ def test_an_entry_shows_its_terms() -> None:
 # -- one's own entries --------------------------------------------------------------------------------
 
 
-def test_entries_are_registered_for_a_session(empty_home: Path) -> None:
+def test_entries_are_registered_until_the_process_ends(empty_home: Path) -> None:
     item = zoo.register(from_json(PLAIN))
     assert zoo.entry("lab/net") is item
     with pytest.raises(ZooError, match=r"the zoo has lab/net already\n.*replace=True"):

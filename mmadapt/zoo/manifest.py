@@ -119,7 +119,7 @@ def _natural(name: str) -> builtins.list[Any]:
 
 
 def register(item: Entry, replace: bool = False) -> Entry:
-    """Add an entry for this session; a name that is known is an error that offers `replace=True`.
+    """Add an entry until the process ends; a name that is known is an error that offers `replace=True`.
 
     zoo.register(Entry("lab/sam", "…", "segment_anything:vit_b", {"urls": ["https://…/sam.pth"]},
                        files=(File("sam.pth"),), licence={"weights": "MIT", "declared_by": "us"}))
