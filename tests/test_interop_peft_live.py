@@ -176,11 +176,3 @@ def test_convolutions_in_all_dimensions_go_both_ways(tmp_path: Path) -> None:
         write_peft(ours, tmp_path / "ours")
         back: Any = PeftModel.from_pretrained(backbone().model, str(tmp_path / "ours")).eval()
         assert furthest((back(x),), (expected,)) <= BOUND
-
-
-def test_the_release_of_peft_is_the_one_that_was_measured() -> None:
-    import peft
-
-    from mmadapt.interop.peft_config import LAST_TWICE
-
-    assert tuple(map(int, peft.__version__.split(".")[:2])) == LAST_TWICE
