@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmadapt.core.attach import as_adapters, resolve
 from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap
+from mmadapt.core.site import stem
 from mmadapt.core.table import Table, count, shape_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def sites(m: Any, pattern: str | None = None) -> Table:
         view = anatomy.view(model, role, span.ports[0], span)
         path = span.module or "(root)"
         key = (
-            role if pattern else general(role),
+            role if pattern else stem(role),
             " ".join(span.ports),
             str(view.width) if view.width == view.width_in else f"{view.width_in} → {view.width}",
             path if pattern else re.sub(r"\.\d+(?=\.|$)", ".*", path),
@@ -54,7 +55,7 @@ def sites(m: Any, pattern: str | None = None) -> Table:
     table.title = f"{type(model).__name__}: {len(chosen)} roles of family {anatomy.family!r}"
     if biases:
         table.notes.append(
-            f"{len(biases)} biases beside them have a weight port, such as {general(biases[0])!r}"
+            f"{len(biases)} biases beside them have a weight port, such as {stem(biases[0])!r}"
         )
     return table
 
@@ -101,7 +102,7 @@ def summary(attachment: Attachment) -> Table:
         index, _, site = key.partition("/")
         shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
         shapes = shapes or " ".join(f"{name} {shape_of(b)}" for name, b in layer.named_buffers())
-        group = (general(site), type(record.adapters[int(index)]).__name__, shapes)
+        group = (stem(site), type(record.adapters[int(index)]).__name__, shapes)
         groups.setdefault(group, []).append(sum(p.numel() for p in layer.parameters()))
     table = Table(("site", "adapter", "tensors", "sites", "parameters"))
     table.rows = [(*group, len(sizes), sum(sizes)) for group, sizes in groups.items()]
@@ -195,10 +196,6 @@ def updates(m: Any) -> dict[tuple[str, str], float]:
                     change = (folded[0].float() - rows.float()).norm() / rows.float().norm()
                     found[name, site.name] = float(change)
     return found
-
-
-def general(name: str) -> str:
-    return re.sub(r"\[\d+\]", "[*]", name)
 
 
 def _share(added: int, model: nn.Module) -> str:

@@ -11,7 +11,8 @@ from mmadapt.core.attach import active, set_active, sites_at
 from mmadapt.core.attached import require_bank
 from mmadapt.core.compose import Sum
 from mmadapt.core.figure import AMOUNT, cells, drawn, new_figure
-from mmadapt.core.report import LayerReport, general, layers, mean_shares, updates
+from mmadapt.core.report import LayerReport, layers, mean_shares, updates
+from mmadapt.core.site import stem
 from mmadapt.core.svg import bars_svg
 from mmadapt.core.table import Table, count
 from mmadapt.errors import AttachError, did_you_mean
@@ -73,7 +74,7 @@ class TreeView(View):
         _, bank = require_bank(self.model)
         groups: dict[tuple[str, str, str], Group] = {}
         for one in layers(self.model):
-            key = (one.attachment, general(one.site), one.adapter)
+            key = (one.attachment, stem(one.site), one.adapter)
             groups.setdefault(key, Group(*key)).layers.append(one)
         self.groups = list(groups.values())
         weights = {id(h.site.reference): h.site.reference for h in bank.hooks.values()}
