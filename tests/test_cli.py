@@ -160,7 +160,7 @@ def test_the_demo_of_volumes_needs_nibabel_and_says_so_first(tmp_path, capsys, m
 @pytest.mark.parametrize("name", DEMOS)
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
-    assert "no adapter folder at" in capsys.readouterr().err
+    assert "there is no adapter at" in capsys.readouterr().err
 
 
 @pytest.mark.slow
