@@ -21,8 +21,8 @@ import reference_pages
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-#: sections of the README that have pages of their own here
-ELSEWHERE = ("The words", "What there is")
+#: sections of the README that have pages of their own here: title -> what those are made from
+ELSEWHERE = {"The words": "docs/words.md", "What there is": "mmadapt/adapter"}
 
 ONWARD = """
 ## On from here
@@ -75,7 +75,10 @@ def start(readme: str) -> str:
     if missing:
         raise ValueError(f"the README has no section {missing[0]!r}; its sections are {titles}")
     kept = [s for s, title in zip(sections, titles, strict=True) if title not in ELSEWHERE]
-    return "".join([begin, *kept, ONWARD])
+    text = "".join([begin, *kept, ONWARD])
+    for title, there in ELSEWHERE.items():
+        text = text.replace(f"(#{title.lower().replace(' ', '-')})", f"({there})")
+    return text
 
 
 def _expanded(entry: Any) -> Any:

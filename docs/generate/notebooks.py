@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def read(path: Path, place: str) -> Notebook:
     resources = {"output_files_dir": f"{path.stem}_files", "unique_key": "output"}
     exporter = MarkdownExporter(raw_template=TEMPLATE)
     text, found = exporter.from_notebook_node(notebook, resources=resources)
+    text = re.sub(
+        r"(?<=\]\(#)[^)]+", lambda heading: heading[0].lower(), text
+    )  # as pages name them
     here = place.rpartition("/")[0]
     pictures = {f"{here}/{name}": content for name, content in found["outputs"].items()}
     return Notebook(text, pictures)
