@@ -146,6 +146,18 @@ def _slug(title: str) -> str:
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
+def test_the_start_is_the_readme_without_the_sections_that_are_pages(generator: Any) -> None:
+    page = generator("start_page").page
+    readme = "# m\n\n[all](#what-there-is)\n\n## The words\n\nw\n\n## What there is\n\nx\n\n## Size\n\ny\n"
+    text = page(readme)
+    assert text.startswith("# m\n\n[all](mmadapt/adapter)\n\n## Size\n\ny\n")
+    assert "## The words" not in text and "## On from here" in text
+    for target in re.findall(r"\]\(([^)#]+)\)", page((ROOT / "README.md").read_text())):
+        assert target.startswith("https:") or (ROOT / target).exists(), target
+    with pytest.raises(ValueError, match="no section 'The words'"):
+        page(readme.replace("## The words", "## Words"))
+
+
 def test_links_lead_to_pages_and_to_files_that_are_put_into_the_site(generator: Any) -> None:
     kept: list[str] = []
 

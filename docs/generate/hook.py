@@ -18,22 +18,10 @@ import links
 import method_pages
 import notebooks
 import reference_pages
+import start_page
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-#: sections of the README that have pages of their own here: title -> what those are made from
-ELSEWHERE = {"The words": "docs/words.md", "What there is": "mmadapt/adapter"}
-
-ONWARD = """
-## On from here
-
-- [The words](docs/words.md) and one figure, then [the first tutorial](tutorials/01_five_minutes.ipynb)
-- [Every method](mmadapt/adapter) with its formula, sites and costs; [every backbone](mmadapt/backbones) with its
-  sites; [the laws](tests/test_laws.py) that hold between them
-- Coming from [PEFT](docs/from_peft.md) or [AdapterHub](docs/from_adapterhub.md)
-- [What adapters cost](docs/performance.md), measured
-"""
-
 #: what generated pages are made from, and what links from pages written by hand lead to
 MADE_FROM = {
     "mmadapt/adapter": "methods/index.md",
@@ -52,7 +40,7 @@ _origins: dict[str, str] = {}  # place in the site -> place in the repository
 
 def on_config(config: Any) -> Any:
     """Make all pages, and give the navigation those that `…/*` stands for."""
-    _texts["index.md"] = start((ROOT / "README.md").read_text())
+    _texts["index.md"] = start_page.page((ROOT / "README.md").read_text())
     _origins["index.md"] = "README.md"
     for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
         place = f"tutorials/{path.stem}.md"
@@ -65,20 +53,6 @@ def on_config(config: Any) -> Any:
         _texts.update(made)
     config["nav"] = [_expanded(entry) for entry in config["nav"]]
     return config
-
-
-def start(readme: str) -> str:
-    """The README without the sections that are pages here."""
-    begin, *sections = re.split(r"^(?=## )", readme, flags=re.MULTILINE)
-    titles = [section.splitlines()[0].removeprefix("## ") for section in sections]
-    missing = [title for title in ELSEWHERE if title not in titles]
-    if missing:
-        raise ValueError(f"the README has no section {missing[0]!r}; its sections are {titles}")
-    kept = [s for s, title in zip(sections, titles, strict=True) if title not in ELSEWHERE]
-    text = "".join([begin, *kept, ONWARD])
-    for title, there in ELSEWHERE.items():
-        text = text.replace(f"(#{title.lower().replace(' ', '-')})", f"({there})")
-    return text
 
 
 def _expanded(entry: Any) -> Any:
