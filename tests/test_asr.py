@@ -547,7 +547,9 @@ def test_texts_that_cannot_be_written_are_refused_and_told_where_nothing_is_left
             listen.score(clips, [texts[0], bad])
     with pytest.raises(DataError, match="one string"):
         listen.batches(clips, "ab")
-    with pytest.warns(UserWarning, match="nothing is left of 1 of 2 texts, the first text 1: '123'"):
+    with pytest.warns(
+        UserWarning, match="nothing is left of 1 of 2 texts, the first text 1: '123'"
+    ):
         batches = listen.batches(clips, [texts[0], "123"], unknown="drop")
     assert batches.left_out == [] and batches.labels[1] == []
     with warnings.catch_warnings():

@@ -33,7 +33,9 @@ class Batch:
 
 def check_clips(clips: Audio | Sequence[Audio], rate: int, least: int) -> list[Audio]:
     """The clips, each at `rate` and with `least` samples or more; else a `DataError` that names it."""
-    if isinstance(clips, (Audio, str)) or hasattr(clips, "dtype"):  # a path or samples: refused as one
+    if isinstance(clips, (Audio, str)) or hasattr(
+        clips, "dtype"
+    ):  # a path or samples: refused as one
         clips = [clips]  # type: ignore[list-item]
     if not len(clips):
         raise DataError("there are no clips")
