@@ -131,7 +131,7 @@ def test_labels_are_padded_with_what_the_loss_leaves_out() -> None:
         ([[2.5]], "holds 2.5"),
         (["one"], "text 0 is 'one', expected ids of tokens"),
         ([[2], None], "text 1 is None"),
-        ([[9]], "token 9, and the model knows 0 to 8"),
+        ([[9]], "token 9, and the model knows those from 0 to 8"),
         ([[-3]], "token -3"),
         ([[2] * 5], "5 tokens, and Whisper's decoder takes 4"),
         ([], "no texts"),

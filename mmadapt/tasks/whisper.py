@@ -121,44 +121,44 @@ class WhisperFeatures:
         """
         import torch
 
-        def row(place: int, text: Any) -> list[Any]:
-            try:
-                return torch.as_tensor(text).flatten().tolist()
-            except (TypeError, ValueError, RuntimeError):
-                raise DataError(
-                    f"text {place} is {text!r}, expected ids of tokens", _TOKENS
-                ) from None
-
-        rows = [row(place, text) for place, text in enumerate(texts)]
+        rows = [_numbers(place, text) for place, text in enumerate(texts)]
         rows = [row[1:] if row and row[0] == self.start else row for row in rows]
         for place, row in enumerate(rows):
-            if not row or any(not isinstance(token, int) for token in row):
-                raise DataError(
-                    f"text {place} has no tokens"
-                    if not row
-                    else f"text {place} holds {row[0]!r}, expected ids of tokens",
-                    _TOKENS,
-                )
-            if len(row) > self.most_tokens:
-                raise DataError(
-                    f"text {place} has {len(row)} tokens, and Whisper's decoder takes {self.most_tokens}",
-                    "cut the clip and its text into parts",
-                )
-            top = self.vocabulary
-            wrong = [t for t in row if t != IGNORED and (t < 0 or (top is not None and t >= top))]
-            if wrong:
-                raise DataError(
-                    f"text {place} has the token {wrong[0]}, expected ids from 0 to {top}"
-                    if top is None
-                    else f"text {place} has the token {wrong[0]}, and the model knows 0 to {top - 1}",
-                    "use the tokenizer of this model",
-                )
+            self._check_tokens(place, row)
         if not rows:
             raise DataError("there are no texts")
         whole = torch.full((len(rows), max(map(len, rows))), IGNORED)
         for place, row in enumerate(rows):
             whole[place, : len(row)] = torch.tensor(row)
         return whole
+
+    def _check_tokens(self, place: int, row: list[Any]) -> None:
+        if not row:
+            raise DataError(f"text {place} has no tokens", _TOKENS)
+        if any(not isinstance(token, int) for token in row):
+            raise DataError(f"text {place} holds {row[0]!r}, expected ids of tokens", _TOKENS)
+        if len(row) > self.most_tokens:
+            raise DataError(
+                f"text {place} has {len(row)} tokens, and Whisper's decoder takes {self.most_tokens}",
+                "cut the clip and its text into parts",
+            )
+        top = self.vocabulary
+        wrong = [t for t in row if t != IGNORED and (t < 0 or (top is not None and t >= top))]
+        if wrong:
+            most = "" if top is None else f" to {top - 1}"
+            raise DataError(
+                f"text {place} has the token {wrong[0]}, and the model knows those from 0{most}",
+                "use the tokenizer of this model",
+            )
+
+
+def _numbers(place: int, text: Any) -> list[Any]:
+    import torch
+
+    try:
+        return torch.as_tensor(text).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"text {place} is {text!r}, expected ids of tokens", _TOKENS) from None
 
 
 def _warn_of_silence(heard: list[numpy.ndarray], labels: Tensor) -> None:
