@@ -118,7 +118,7 @@ def table(known: dict[str, Any]) -> str:
         lines.append(f"| {method} | {chosen:g} | {', '.join(tried)} |")
     size, of = known["settings"], known["validation"]
     lines.append(
-        f"\nWER % of {of['clips']} whispers, {of['words']} words, of other sentences than those trained "
+        f"\nWER % of {of['clips']} whispers, {of['words']} words, of sentences that no method is trained "
         f"or tested on; {size['train']} clips to train on, {size['steps']} steps of {size['batch']}; "
         f"seed {known['seed']}. {known['machine']}. "
         "`python benchmarks/speech_rates.py` writes it."
