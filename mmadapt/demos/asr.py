@@ -202,7 +202,7 @@ def _report(
     page.code(
         "import mmadapt as mm\nfrom mmadapt.tasks import asr\n\n"
         f'ctc = mm.load("{BACKBONE}")\n'
-        f'mm.load_adapter(ctc, "{out.name}/adapter")\n'
+        f'mm.load_adapter(ctc, "./{out.name}/adapter")\n'
         "asr.Recogniser(ctc).transcribe(clips)"
     )
     return page.write(out / "report.html")

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from mmadapt.core.svg import curve_svg
+
 
 def in_notebook() -> bool:
     """Whether rich output is shown: an IPython kernel, not a terminal."""
@@ -23,14 +25,17 @@ def in_notebook() -> bool:
 class Progress:
     """Counts steps towards `total`; `update(n, text, curve)` at most four times a second.
 
-    With `show=False` it counts and shows nothing.
+    With `show=False` it counts and shows nothing; with `unit="B"` it counts bytes and shows megabytes.
     """
 
-    def __init__(self, label: str, total: int, show: bool = True) -> None:
+    def __init__(self, label: str, total: int, show: bool = True, unit: str = "it") -> None:
         self.label = label
         self.total = total
         self.show = show
+        self.unit = unit
         self.done = 0
+        #: set by `stop`, and read by whoever makes the steps
+        self.stopping = False
         self._text = ""
         self._curve: Sequence[float] = ()
         self._notes: list[str] = []
@@ -42,7 +47,14 @@ class Progress:
         if self.show and not in_notebook():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, desc=self.label, leave=False, mininterval=0.25)
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.label,
+                leave=False,
+                mininterval=0.25,
+                unit=self.unit,
+                unit_scale=self.unit == "B",
+            )
         return self
 
     def update(self, done: int, text: str = "", curve: Sequence[float] = ()) -> None:
@@ -54,6 +66,10 @@ class Progress:
         self.done = done
         if self.show and self._bar is None and time.monotonic() - self._last > 0.25:
             self._draw(final=False)
+
+    def stop(self) -> None:
+        """Ask for the end after the present step, from any thread."""
+        self.stopping = True
 
     def note(self, text: str) -> None:
         """Say something once, beside the steps."""
@@ -74,11 +90,25 @@ class Progress:
         elif self.show:
             self._draw(final=True)
 
+    def _count(self) -> str:
+        if self.unit != "B":
+            return f"{self.done}/{self.total}"
+        done, total = f"{self.done / 1e6:.1f}", f"{self.total / 1e6:.1f}"
+        return f"{total} MB" if done == total else f"{done} of {total} MB"
+
     def _draw(self, final: bool) -> None:
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
         self._last = time.monotonic()
-        text = f"{self.label}: {self.done}/{self.total}  {self._text}".rstrip()
+        bundle = self.bundle(final)
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+    def bundle(self, final: bool) -> dict[str, str]:
+        """What is shown now, as text and HTML; the `final` form has no bar."""
+        text = f"{self.label}: {self._count()}  {self._text}".rstrip()
         text = "\n".join([text, *self._notes])
         bar = (
             ""
@@ -86,37 +116,8 @@ class Progress:
             else f'<progress max="{self.total}" value="{self.done}" style="vertical-align:middle">'
             "</progress> "
         )
-        bundle = {
+        return {
             "text/plain": text,
             "text/html": f"{curve_svg(self._curve)}{bar}<code style='white-space:pre-wrap'>"
             f"{html.escape(text)}</code>",
         }
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
-
-
-def curve_svg(values: Sequence[float], width: int = 360, height: int = 90) -> str:
-    """A small curve as inline SVG, readable in any front end; empty for fewer than two values."""
-    points = [value for value in values if value == value and abs(value) != float("inf")]
-    if len(points) < 2:
-        return ""
-    step = max(1, len(points) // width)
-    points = [
-        sum(points[i : i + step]) / len(points[i : i + step]) for i in range(0, len(points), step)
-    ]
-    low, high = min(points), max(points)
-    spread = (high - low) or 1.0
-    path = " ".join(
-        f"{i * (width - 2) / max(1, len(points) - 1) + 1:.1f},"
-        f"{height - 14 - (value - low) / spread * (height - 28):.1f}"
-        for i, value in enumerate(points)
-    )
-    return (
-        f'<svg width="{width}" height="{height}" role="img" aria-label="loss curve" '
-        'style="display:block;background:#fff">'
-        f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
-        f'<text x="2" y="11" font-size="10" fill="#555">{high:.4g}</text>'
-        f'<text x="2" y="{height - 2}" font-size="10" fill="#555">{low:.4g}</text></svg>'
-    )

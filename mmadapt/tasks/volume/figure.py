@@ -7,18 +7,14 @@ from typing import Any
 
 import numpy
 
+from mmadapt.core.figure import TINTS, drawn, new_figure
 from mmadapt.errors import DataError
-from mmadapt.tasks.volume.grid import ENDS, nearest_axes
+from mmadapt.tasks.volume.planes import PLANES, Plane
 from mmadapt.tasks.volume.prompts import check_points
 from mmadapt.tasks.volume.volume import Volume
 
-#: told apart by colour-blind readers too (Okabe and Ito), bright ones first
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 
-#: name, what runs to the right, what runs upwards: the patient's right is on the picture's left
-PLANES = (("axial", "RL", "AP"), ("coronal", "RL", "SI"), ("sagittal", "AP", "SI"))
-
-
+@drawn
 def planes_figure(
     volume: Volume,
     at: Any = None,
@@ -35,17 +31,15 @@ def planes_figure(
     of a file only these planes are read. Each plane tells its slice's number and place in millimetres, its orientation by letters at the edges, and has the
     proportions of the body. Oblique volumes are drawn along their own axes, with the nearest letters.
     """
-    from matplotlib.figure import Figure
-
     labels = None if mask is None else _labels(mask, volume)
     point = _point(volume, at, labels)
-    panels = [_Plane(volume, *plane) for plane in PLANES]
+    panels = [Plane(volume, *plane) for plane in PLANES]
     pictures = [panel.cut(volume.array, point) for panel in panels]
     seen = numpy.concatenate([picture.ravel() for picture in pictures])
     low, high = limits or (float(v) for v in numpy.percentile(seen, (0.5, 99.5)))
     scale = 9.0 / sum(panel.width for panel in panels)  # inches a millimetre
     tallest = max(panel.height for panel in panels) * scale
-    figure = Figure(figsize=(10.5, min(max(tallest, 0.8), 9) + 1.3), layout="constrained")
+    figure = new_figure(10.5, min(max(tallest, 0.8), 9) + 1.3)
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     grid = figure.subplots(1, 3, width_ratios=[panel.width for panel in panels])
     for axes, panel, picture in zip(grid, panels, pictures, strict=True):
@@ -55,58 +49,12 @@ def planes_figure(
             _overlay(axes, panel.cut(labels[None], point), extent, alpha)
         _crosshair(axes, panel, point)
         _letters(axes, panel)
-        axes.set_title(_title(panel, volume, point), fontsize=9, pad=18)
+        axes.set_title(panel.title(point), pad=18)
         axes.set_axis_off()
     figure.suptitle(f"{volume.name}   {volume.grid}", fontsize=9)
     if labels is not None and labels.any():
         _legend(figure, labels, names)
     return figure
-
-
-class _Plane:
-    """Which axes of the array a plane runs along, and which way round."""
-
-    def __init__(self, volume: Volume, name: str, right: str, up: str) -> None:
-        self.name = name
-        bodies = nearest_axes(volume.affine)[::-1]  # for z, y, x
-        letters = volume.orientation[::-1]  # where z, y, x lead
-        self.letters = (right, up)
-        self.across, self.along = (
-            next(i for i in range(3) if letters[i] in pair) for pair in (right, up)
-        )
-        self.through = 3 - self.across - self.along
-        self.body = bodies[self.through]
-        # the first letter stands at the left, and at the top
-        self.flip_across = letters[self.across] == right[0]
-        self.flip_along = letters[self.along] == up[1]
-        self.size = volume.size[self.across], volume.size[self.along]
-        self.step = volume.spacing[self.across], volume.spacing[self.along]
-        self.width, self.height = (n * s for n, s in zip(self.size, self.step, strict=True))
-
-    def cut(self, values: Any, point: tuple[int, int, int]) -> numpy.ndarray:
-        """The slice of the first channel as rows from the bottom upwards; nothing else is read."""
-        index: list[Any] = [0, slice(None), slice(None), slice(None)]
-        index[1 + self.through] = point[self.through]
-        picture = numpy.asarray(values[tuple(index)])
-        if self.along > self.across:
-            picture = picture.T
-        if self.flip_along:
-            picture = picture[::-1]
-        return picture[:, ::-1] if self.flip_across else picture
-
-    def place(self, point: tuple[int, int, int]) -> tuple[float, float]:
-        """Where a voxel's middle lies in the picture, mm from its left lower corner."""
-        x, y = point[self.across] + 0.5, point[self.along] + 0.5
-        x = self.size[0] - x if self.flip_across else x
-        y = self.size[1] - y if self.flip_along else y
-        return x * self.step[0], y * self.step[1]
-
-
-def _title(panel: _Plane, volume: Volume, point: tuple[int, int, int]) -> str:
-    mm = volume.grid.to_mm(point)[0][panel.body]
-    letter = ENDS[panel.body][int(mm >= 0)]
-    axis, last = panel.through, volume.size[panel.through] - 1
-    return f"{panel.name}   {'zyx'[axis]} = {point[axis]} of 0–{last}   {letter} {abs(mm):.1f} mm"
 
 
 def _overlay(axes: Any, labels: numpy.ndarray, extent: Any, alpha: float) -> None:
@@ -131,7 +79,7 @@ def _overlay(axes: Any, labels: numpy.ndarray, extent: Any, alpha: float) -> Non
         axes.contour(xs, ys, fine, levels=[0.5], colors=colour, linewidths=1.2)
 
 
-def _crosshair(axes: Any, panel: _Plane, point: tuple[int, int, int]) -> None:
+def _crosshair(axes: Any, panel: Plane, point: tuple[int, int, int]) -> None:
     from matplotlib.patheffects import withStroke
 
     x, y = panel.place(point)
@@ -148,7 +96,7 @@ def _crosshair(axes: Any, panel: _Plane, point: tuple[int, int, int]) -> None:
     axes.set_ylim(0, panel.height)
 
 
-def _letters(axes: Any, panel: _Plane) -> None:
+def _letters(axes: Any, panel: Plane) -> None:
     (left, right), (top, bottom) = panel.letters
     for at, letter, offset, across, upwards in (
         ((0, 0.5), left, (-4, 0), "right", "center"),
@@ -169,11 +117,11 @@ def _legend(figure: Any, labels: numpy.ndarray, names: Mapping[int, str] | None)
         )
         for label in present
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(present), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(present))
 
 
 def _colour(label: int) -> str:
-    return COLOURS[(int(label) - 1) % len(COLOURS)]
+    return TINTS[(int(label) - 1) % len(TINTS)]
 
 
 def _point(volume: Volume, at: Any, labels: numpy.ndarray | None) -> tuple[int, int, int]:
