@@ -631,6 +631,26 @@ def test_two_attachments_coexist_and_switch_without_a_trace(case: Case) -> None:
     assert_equal(case.without_grad(model), alone[0])
 
 
+@first_at_home
+def test_a_weight_makes_a_part_of_the_change_or_is_refused(case: Case) -> None:
+    model, attachment = case.acting()
+    whole, bare = case.without_grad(model), case.without_grad(case.frozen())
+    for weight, expected in ((0.0, bare), (1.0, whole)):
+        mm.set_active(model, mm.Sum("default", weights=(weight,)))
+        assert_equal(case.without_grad(model), expected)
+    half = mm.Sum("default", weights=(0.5,))
+    around = any(site.endswith(":around") for site in attachment.sites)
+    if around or not all(layer.additive for layer in attachment.layers.values()):
+        with pytest.raises(mm.errors.AttachError, match=r"cannot have the weight 0\.5"):
+            mm.set_active(model, half)
+        assert mm.active(model) == mm.Sum("default")
+        return
+    mm.set_active(model, half)
+    part = case.without_grad(model)
+    assert differ(part, whole)
+    assert differ(part, bare)
+
+
 # -- copies -------------------------------------------------------------------------------------
 
 
