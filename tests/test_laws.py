@@ -425,7 +425,7 @@ def test_the_backbone_is_untouched_while_attached_and_trained(case: Case) -> Non
 
 
 @every_case
-def test_the_backbones_own_checkpoint_still_loads_strictly(case: Case) -> None:
+def test_a_checkpoint_of_the_bare_backbone_still_loads_strictly(case: Case) -> None:
     model, attachment = case.acting()
     drawn: dict[int, Tensor] = {}  # tied weights are equal in a checkpoint too
     checkpoint_of_the_backbone = {

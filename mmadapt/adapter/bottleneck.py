@@ -34,6 +34,10 @@ class Bottleneck(Adapter):
 
     Parameters per site: 2·C·width + width + C for C channels; with a norm 2·C more, with both 4·C, with a trained
     scale 1 or C more.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.Bottleneck(16), name="sketch", at="vision.layers[-2:].mlp")
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "bottleneck"
