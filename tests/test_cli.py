@@ -91,6 +91,13 @@ def test_the_demo_of_speech_from_end_to_end(tmp_path):
     assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["clips"] == 40
 
 
+def test_too_few_or_too_many_whispers_are_refused_and_nothing_is_written(tmp_path, capsys):
+    for shots in ("0", "301"):
+        assert main(["demo", "asr", "--out", str(tmp_path / "out"), "--shots", shots]) == 1
+        assert f"shots is {shots}, expected 1 to 300 clips" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_demo_of_sounds_from_end_to_end(tmp_path):
     out = tmp_path / "out"

@@ -43,9 +43,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run the whole job and write `report.html`, `results.json` and the adapter into `out`."""
     started = time.perf_counter()
+    (clips, texts), tests = task(shots)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (clips, texts), tests = task(shots)
     backbone = mm.load(BACKBONE)
     seconds = sum(clip.seconds for clip in clips)
     show(
