@@ -157,7 +157,10 @@ def _tiny(name: str) -> Iterator[str]:
             layout = span.layout if set(span.ports) & {"in", "out"} else ""
             path = _code(re.sub(r"\.\d+(?=\.|$)", ".*", span.module))
             key = (md.code(_general(role)), " ".join(span.ports), layout, path)
-            sizes = (shapes[role] if "out" in span.ports else "", _weight(model, anatomy, role, span))
+            sizes = (
+                shapes[role] if "out" in span.ports else "",
+                _weight(model, anatomy, role, span),
+            )
             groups.setdefault(key, []).append(sizes)
     rows = [
         (
