@@ -119,11 +119,14 @@ def test_the_softmax_and_the_gate_are_wide_in_a_narrow_backbone() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("gates", [1, 4])
-def test_the_fused_kernel_is_the_reference(groups: int, rows: int, gates: int) -> None:
+@pytest.mark.parametrize("length", [6, 20])
+def test_other_kernels_give_what_the_reference_gives(
+    groups: int, rows: int, gates: int, length: int
+) -> None:
     draw = torch.Generator().manual_seed(1)
-    shapes = ((3, 4, 6, 8), (rows, groups, 5, 8), (rows, groups, 5, 8), (gates,))
+    shapes = ((3, 4, length, 8), (rows, groups, 5, 8), (rows, groups, 5, 8), (gates,))
     given = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
-    weights = torch.randn(3, 6, 32, generator=draw)
+    weights = torch.randn(3, length, 32, generator=draw)
     found, expected = (
         (out := each(*given, 0.4), *torch.autograd.grad((out * weights).sum(), given))
         for each in (fused, gated_attention)
@@ -214,6 +217,10 @@ def test_what_is_kept_is_renewed_when_anything_behind_it_changes() -> None:
         layer.prompt.add_(1.0)
     stale = logits(model)
     assert_equal((stale,), (fresh(),))
+    with torch.no_grad():
+        layer.gate.add_(1.0)
+    assert differ((logits(model),), (stale,))
+    assert_equal((logits(model),), (fresh(),))
     model.model.layers[0].self_attn.k_proj.weight.data = torch.randn(8, 16)
     assert_equal((logits(model),), (fresh(),))
     randomise(mm.attach(model, mm.LoRA(2, at="*.layers[*].attn.k"), name="lora"), 0.5)
@@ -319,6 +326,7 @@ def test_beams_share_the_features_of_their_row() -> None:
 
 def test_features_that_are_missing_or_do_not_fit_are_named() -> None:
     model, _ = adapted(WITH_IMAGES)
+    before = state(model)
     with pytest.raises(CheckError, match=r"(?s)given no features.*visual=features.*\(B, 5\)"):
         model(input_ids=tokens(3))
     for wrong, said in (
@@ -328,6 +336,7 @@ def test_features_that_are_missing_or_do_not_fit_are_named() -> None:
     ):
         with mm.context(model, visual=wrong), pytest.raises(CheckError, match=said):
             model(input_ids=tokens(3))
+    assert state(model) == before
     with mm.context(model, visual=features(3, 5)):
         model(input_ids=tokens(3))
 
