@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from backbones import ALL, BACKBONES, tokens
+from backbones import ALL, BACKBONES, _hf_decoder, tokens
 from snapshot import assert_close, randomise, state
 from torch import Tensor, nn
 
@@ -104,6 +104,23 @@ def test_generation_is_greedy_search_by_whole_texts(adapter: mm.Adapter) -> None
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
             mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
     assert torch.equal(made, ids)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_other_families_speak_as_well(family: str) -> None:
+    """Padded on the left, with a cache; Mistral with its window."""
+    model: Any = _hf_decoder(family, "ForCausalLM", sliding_window=4)()
+    randomise(mm.attach(model, mm.ZeroInitAttention(3)), 0.5)
+    model.generation_config.eos_token_id = None
+    batch = texts()
+    ids, mask, seen = batch["input_ids"], batch["attention_mask"], batch["attention_mask"].bool()
+    with torch.no_grad():
+        whole = model(**batch).logits
+        assert_close((step_by_step(model, batch, 4)[seen],), (whole[seen],), 1e-5)
+        assert_close((whole[0, 3:],), (model(input_ids=ids[:1, 3:]).logits[0],), 1e-5)
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, use_cache=True)
+        alone = model.generate(input_ids=ids[:1, 3:], max_new_tokens=3, use_cache=True)
+    assert torch.equal(made[0, 3:], alone[0])
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)

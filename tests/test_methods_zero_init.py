@@ -168,6 +168,11 @@ def test_the_counts_are_the_published_ones() -> None:
     released = ("attn.q", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
     biases = mm.BiasScale(scale="none", at=[f"text.layers[*].{word}:out" for word in released])
     assert planned(seven, [norms, biases]) == 1_363_968
+    norms_biases_scales, tokens_and_gates = 2_985_984, 31 * (10 * 4096 + 32)
+    assert planned(seven, mm.LlamaAdapter.v2()) == norms_biases_scales + tokens_and_gates
+    early_fusion = 768 * 4096 + 4096 + 32
+    seeing = mm.LlamaAdapter.v2(features=768)
+    assert planned(seven, seeing) == norms_biases_scales + tokens_and_gates + early_fusion
     large = big(80, 8192, 22016, 64)
     assert planned(large, mm.LlamaAdapter.v2_chat()) == 13_811_712
     assert planned(large, mm.LlamaAdapter.v2_chat("output")) == 14_917_632
@@ -416,9 +421,8 @@ def test_disjoint_groups_train_jointly() -> None:
     """Images move the early fusion alone, instructions everything else."""
     torch.manual_seed(0)
     model = LLAMA.fresh()
-    *language, fusion = mm.LlamaAdapter.v2(features=5)
-    prompts = replace(language[-1], layers=1, length=3)
-    instruct = mm.attach(model, [*language[:-1], prompts], name="instruct")
+    *language, fusion = mm.LlamaAdapter.v2(features=5, layers=1)
+    instruct = mm.attach(model, language, name="instruct")
     images = mm.attach(model, fusion, name="images")
     groups = {
         "images": torch.optim.SGD(images.parameters(), lr=0.1),
