@@ -39,9 +39,9 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "LLaMA-Adapter": Method((_TOKENS,), 3.2e-1),
-    "LLaMA-Adapter V2": Method((_NORMS, BiasScale(), _TOKENS), 2.4e-1, 0.3),
+    "LLaMA-Adapter V2": Method((_NORMS, BiasScale(), _TOKENS), 1.2e-1, 0.3),
     "LoRA (q, v)": Method((LoRA(8, at=("text.layers[*].attn.q", "text.layers[*].attn.v")),), 1e-2),
-    "full fine-tuning": Method(None, 4e-3),
+    "full fine-tuning": Method(None, 1e-3),
 }
 
 
