@@ -17,6 +17,8 @@ with torch.no_grad():
 mm.save(clip, "try-adapter")
 mm.load_adapter(mm.load("tiny/clip"), "try-adapter")
 mm.detach(clip)
-import mmadapt.kernels  # noqa: E402
+from mmadapt.kernels.cuda import compiler  # noqa: E402
+
+assert "bottleneck_forward" in compiler.source()
 
 print("wheel: loaded tiny/clip, attached, saved and loaded an adapter from", mm.__version__)

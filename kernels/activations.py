@@ -1,24 +1,13 @@
 """Activations of the bottleneck and their derivatives, in Triton; each equals the reference's.
 
-To add one: a number in `NUMBERS`, a branch in both functions, and the case in `tests/interpreted.py`
-runs it against float64 by itself.
+To add one: a number in `settings.NUMBERS`, a branch in both functions and in `cuda/activations.cuh`,
+and a case in `tests/interpreted.py` runs it against float64 by itself.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-#: the kernels' number for each of the reference's activations
-NUMBERS = {
-    "identity": 0,
-    "relu": 1,
-    "gelu": 2,
-    "gelu_new": 3,
-    "silu": 4,
-    "quick_gelu": 5,
-    "tanh": 6,
-}
 
 
 @triton.jit

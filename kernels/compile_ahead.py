@@ -4,7 +4,8 @@
     python -m mmadapt.kernels.compile_ahead --quick    # what the tests compile
     python -m mmadapt.kernels.compile_ahead --out kernels/bench/compiled.json
 
-It needs Triton, which brings ptxas and cuobjdump with it. TRITON_INTERPRET must not be set.
+It needs Triton, which brings ptxas and cuobjdump with it, and for the CUDA kernel NVRTC.
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +25,15 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .activations import NUMBERS
 from .backward import input_kernel, weight_kernel
+from .cuda import compiler
+from .cuda import instance as clusters
+from .cuda.instance import Instance, instance_for
 from .forward import forward_kernel
-from .settings import Tiles, forward_tiles, input_tiles, units, weight_tiles
+from .settings import NUMBERS, PROCESSORS, Tiles, forward_tiles, input_tiles, units, weight_tiles
 
 ARCHITECTURES = (80, 90, 100)
+TRITON_KERNELS = ("forward", "input", "weight")
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 
@@ -48,7 +53,7 @@ class Report(NamedTuple):
     kernel: str
     architecture: int
     case: Case
-    tiles: Tiles
+    tiles: Tiles | Instance
     registers: int
     spilled: int
     shared: int
@@ -66,6 +71,24 @@ CASES = (
     Case(4096, 16, rows=256, mixed=True),
     Case(768, 32, "fp32"),
     Case(768, 64, "fp32", mixed=True),
+)
+
+#: of the CUDA forward pass, with the blocks of a cluster
+QUICK_CLUSTERS = ((Case(768, 64), 4), (Case(4096, 16, "fp16"), 2))
+CLUSTERS = (
+    *QUICK_CLUSTERS,
+    (Case(768, 64), 1),
+    (Case(768, 64), 2),
+    (Case(768, 64, rows=1576), 4),
+    (Case(768, 16), 4),
+    (Case(768, 128), 4),
+    (Case(256, 64), 4),
+    (Case(1024, 64), 4),
+    (Case(1280, 32), 4),
+    (Case(2048, 16), 4),
+    (Case(4096, 16), 4),
+    (Case(4096, 64), 4),
+    (Case(5120, 128), 4),
 )
 
 _FLOATS = ("slopes", "shift", "bias", "gain", "statistics", "factor", "eps")
@@ -104,6 +127,23 @@ def compiled(name: str, case: Case, architecture: int) -> Report:
     return Report(name, architecture, case, tiles, registers, spilled, shared, cores)
 
 
+def compiled_cluster(case: Case, size: int, architecture: int) -> Report:
+    """Compile the CUDA forward pass as it would be launched for this case, in clusters of `size`."""
+    number = {"bf16": "Bfloat16", "fp16": "Float16"}[case.dtype]
+    instance = instance_for(
+        case.rows, case.channels, case.width, processors=PROCESSORS, number=number, norm=True,
+        activation=NUMBERS["gelu"], cluster=size,
+    )  # fmt: skip
+    if instance is None:
+        raise ValueError(f"{case} does not fit the shared memory of a block")
+    name = clusters.ARCHITECTURES[divmod(architecture, 10)]
+    cubin = compiler.compile_(instance.expression, name).cubin
+    registers, spilled, cores = _resources(cubin)
+    return Report(
+        "cluster", architecture, case, instance, registers, spilled, instance.shared, cores
+    )
+
+
 def _type(argument: str, constants: dict[str, Any], dtype: str) -> str:
     if argument in constants:
         return "constexpr"
@@ -136,30 +176,49 @@ def _said(tool: str, *arguments: object) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def reports(quick: bool) -> Iterator[Report]:
+    """Every kernel on every architecture."""
+    for architecture in ARCHITECTURES:
+        for case in QUICK if quick else CASES:
+            for name in TRITON_KERNELS:
+                yield compiled(name, case, architecture)
+        if divmod(architecture, 10) in clusters.ARCHITECTURES and not compiler.missing():
+            for case, size in QUICK_CLUSTERS if quick else CLUSTERS:
+                yield compiled_cluster(case, size, architecture)
+
+
+def line(report: Report) -> str:
+    """What was found of one kernel."""
+    case, tiles = report.case, report.tiles
+    kind = f"{case.dtype}{' mixed' if case.mixed else ''}, {case.rows} rows"
+    size = f"{tiles.rows}×{clusters.CHUNK if isinstance(tiles, Instance) else tiles.channels}"
+    name = f"cluster {tiles.cluster}" if isinstance(tiles, Instance) else report.kernel
+    return (
+        f"sm_{report.architecture:<4d}{name:10s}{case.channels:5d} → {case.width:<4d}{kind:24s} "
+        f"tiles {size:8s} {tiles.warps} warps  {report.registers:3d} registers  "
+        f"{report.spilled:4d} B spilled  {report.shared / 1024:6.1f} kB shared  "
+        f"{report.tensor_cores:3d} MMA"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="only what the tests compile")
     parser.add_argument("--out", type=Path, help="a JSON file for what was found")
     asked = parser.parse_args()
     found: list[Report] = []
-    for architecture in ARCHITECTURES:
-        for case in QUICK if asked.quick else CASES:
-            for name in ("forward", "input", "weight"):
-                report = compiled(name, case, architecture)
-                found.append(report)
-                kind = f"{case.dtype}{' mixed' if case.mixed else ''}, {case.rows} rows"
-                print(
-                    f"sm_{architecture:<4d}{name:8s} {case.channels:5d} → {case.width:<4d}{kind:24s} "
-                    f"tiles {'×'.join(map(str, report.tiles[:2])):8s} {report.tiles.warps} warps  "
-                    f"{report.registers:3d} registers  {report.spilled:4d} B spilled  "
-                    f"{report.shared / 1024:6.1f} kB shared  {report.tensor_cores:3d} MMA",
-                    flush=True,
-                )
+    for report in reports(asked.quick):
+        found.append(report)
+        print(line(report), flush=True)
     spilling = sum(report.spilled > 0 for report in found)
+    nvrtc = compiler.missing() or ".".join(map(str, compiler.version()))
     if asked.out:
         rows = [r._asdict() | {"case": r.case._asdict(), "tiles": r.tiles._asdict()} for r in found]
         lines = ",\n".join(json.dumps(row) for row in rows)
-        asked.out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
+        versions = f'"triton": "{triton.__version__}", "nvrtc": "{nvrtc}"'
+        asked.out.write_text(f'{{{versions}, "kernels": [\n{lines}\n]}}\n')
+    if compiler.missing():
+        print(f"without the CUDA kernel: {nvrtc}")
     print("no kernel spills" if not spilling else f"{spilling} kernels spill")
     return int(spilling > 0)
 

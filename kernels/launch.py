@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import NUMBERS
 from .backward import input_kernel, weight_kernel
 from .forward import forward_kernel
-from .settings import forward_tiles, input_tiles, parts, units, weight_tiles
+from .settings import NUMBERS, forward_tiles, input_tiles, parts, units, weight_tiles
 from .table import RowOrder
 
 #: whether Triton computes on the CPU, for tests

@@ -17,6 +17,16 @@ class Tiles(NamedTuple):
     stages: int
 
 
+#: the kernels' number for each of the reference's activations
+NUMBERS = {
+    "identity": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_new": 3,
+    "silu": 4,
+    "quick_gelu": 5,
+    "tanh": 6,
+}
 #: the widest bottleneck that the kernels' registers hold
 WIDEST = 128
 #: streaming multiprocessors assumed where the device cannot be asked

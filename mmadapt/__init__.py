@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmadapt import adapter, errors, interop, ops, tasks, zoo
+    from mmadapt import adapter, errors, interop, ops, tasks, ui, zoo
     from mmadapt.adapter import (
         Adapter,
         AdapterBias,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from mmadapt.core.attachment import Attachment
     from mmadapt.core.average import average
     from mmadapt.core.backbone import Backbone
-    from mmadapt.core.check import check
+    from mmadapt.core.check import check, check_laws
     from mmadapt.core.compose import Stack, Sum
     from mmadapt.core.given import context
     from mmadapt.core.merge import merge, unmerge
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from mmadapt.train.flags import train_mode
     from mmadapt.train.history import History
     from mmadapt.train.optimiser import Optimiser
-    from mmadapt.zoo.load import load
+    from mmadapt.zoo.loading import load
 
 _HOMES = {
     "mmadapt.adapter": (
@@ -81,7 +81,7 @@ _HOMES = {
     "mmadapt.core.attachment": "Attachment",
     "mmadapt.core.average": "average",
     "mmadapt.core.backbone": "Backbone",
-    "mmadapt.core.check": "check",
+    "mmadapt.core.check": "check check_laws",
     "mmadapt.core.compose": "Stack Sum",
     "mmadapt.core.merge": "merge unmerge",
     "mmadapt.core.report": "inspect plan sites",
@@ -96,9 +96,9 @@ _HOMES = {
     "mmadapt.train.flags": "train_mode",
     "mmadapt.train.history": "History",
     "mmadapt.train.optimiser": "Optimiser",
-    "mmadapt.zoo.load": "load",
+    "mmadapt.zoo.loading": "load",
 }
-_MODULES = ("adapter", "errors", "interop", "ops", "tasks", "zoo")
+_MODULES = ("adapter", "errors", "interop", "ops", "tasks", "ui", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -111,12 +111,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return importlib.import_module(f"mmadapt.{name}")
-    from mmadapt.errors import did_you_mean
+    from mmadapt.errors import no_attribute
 
-    hint = did_you_mean(name, __all__) if not name.startswith("_") else ""
-    raise AttributeError(
-        f"module 'mmadapt' has no attribute {name!r}" + (f"; {hint}" if hint else "")
-    )
+    raise no_attribute("mmadapt", name, __all__)
 
 
 def __dir__() -> list[str]:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmadapt import __version__
 from mmadapt.errors import MmadaptError
+from mmadapt.zoo.commands import add as add_zoo
+from mmadapt.zoo.commands import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 1 at an error mmadapt explains, 2 at wrong usage."""
+    """Run one command; 0 when it worked, 1 at an error mmadapt explains, 2 at wrong usage.
+
+    Errors of the zoo have codes of their own: `mmadapt.zoo.commands.exit_code`.
+    """
     chosen = _parser().parse_args(arguments)
     try:
         return chosen.run(chosen)
     except MmadaptError as error:
         print(f"mmadapt: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("mmadapt: interrupted", file=sys.stderr)
         return 130
@@ -31,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mmadapt {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _demo(commands)
-    _zoo(commands)
+    add_zoo(commands)
     return parser
 
 
@@ -91,37 +100,4 @@ def _run_demo(chosen: argparse.Namespace) -> int:
         return 0
     shots = {} if chosen.shots is None else {"shots": chosen.shots}
     demo.run(chosen.out, seeds=tuple(chosen.seeds), **shots)
-    return 0
-
-
-def _zoo(commands: argparse._SubParsersAction) -> None:
-    zoo = commands.add_parser("zoo", help="list the backbones mmadapt knows, or show one")
-    actions = zoo.add_subparsers(title="actions", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="every backbone whose name matches a pattern")
-    listing.add_argument("pattern", nargs="?", default="*")
-    listing.set_defaults(run=_run_zoo_list)
-    show = actions.add_parser("show", help="one entry, with its licence and measured numbers")
-    show.add_argument("name")
-    show.set_defaults(run=_run_zoo_show)
-
-
-def _run_zoo_list(chosen: argparse.Namespace) -> int:
-    from mmadapt.zoo import manifest
-
-    print(manifest.list(chosen.pattern))
-    return 0
-
-
-def _run_zoo_show(chosen: argparse.Namespace) -> int:
-    import json
-
-    from mmadapt.zoo import manifest
-
-    item = manifest.entry(chosen.name)
-    print(item)
-    print(
-        json.dumps(
-            {"licence": item.licence, "input": item.input, "metrics": item.metrics}, indent=1
-        )
-    )
     return 0

@@ -53,6 +53,26 @@ class ZooError(MmadaptError, LookupError):
     """A zoo name is unknown, or what it stands for cannot be loaded."""
 
 
+class DownloadError(ZooError):
+    """A server answered, and not with what was asked for."""
+
+
+class OfflineError(DownloadError):
+    """No server could be reached, or the network is not to be used; what had arrived is kept."""
+
+
+class GatedError(DownloadError):
+    """The owner of a repository wants terms accepted, or a token, first."""
+
+
+class ChecksumError(ZooError):
+    """A file does not hold what its size and sha256 promise."""
+
+
+class StorageError(ZooError):
+    """No room, or no right to write, where files are to be kept."""
+
+
 class DataError(MmadaptError, ValueError):
     """Images, labels, class names or features are not what a task needs."""
 
@@ -81,3 +101,11 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     if 0 < len(options) <= 12:
         return "known: " + ", ".join(options)
     return ""
+
+
+def no_attribute(module: str, name: str, options: Iterable[str]) -> AttributeError:
+    """What a module of lazy names raises for one that it does not have."""
+    hint = did_you_mean(name, options) if not name.startswith("_") else ""
+    return AttributeError(
+        f"module {module!r} has no attribute {name!r}" + (f"; {hint}" if hint else "")
+    )

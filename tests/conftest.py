@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,17 +15,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from hub import Hub
+
 torch.set_num_threads(1)
 
 
+#: markers whose tests run on request only
+ASKED_FOR = ("slow", "browser")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow marker's tests out unless -m or a test's own id asks for them."""
+    """Leave such tests out unless -m or a test's own id asks for them."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    left = [item for item in items if any(map(item.get_closest_marker, ASKED_FOR))]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 def _is_local(address: Any) -> bool:
@@ -57,3 +66,41 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def fixed_draws() -> None:
     """Whatever a test draws is the same in every order of tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A server that speaks the hub's API, on this machine."""
+    from hub import Hub
+
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub asks its endpoint in this test; it reads its settings once, at import."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Path:
+    """A machine without caches, tokens or settings, whose hub is the local one; its cache folder."""
+    for name in list(os.environ):
+        if name.startswith(
+            ("HF_", "HUGGING", "TRANSFORMERS_", "MMADAPT_", "TORCH_HOME", "XDG_")
+        ) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("mmadapt.zoo.digests._VERIFIED", {})
+    monkeypatch.setattr("mmadapt.zoo.manifest._REGISTERED", {})
+    return home / ".cache" / "mmadapt"

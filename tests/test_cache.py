@@ -14,7 +14,8 @@ from torch import Tensor
 
 import mmadapt as mm
 from mmadapt.errors import AttachError
-from mmadapt.train.cache import cache_folder, cached, data_digest, require_frozen, weights_digest
+from mmadapt.folders import cache_folder
+from mmadapt.train.cache import cached, data_digest, require_frozen, weights_digest
 
 
 class Maker:

@@ -17,8 +17,8 @@ def test_zoo_list_and_show(capsys):
     assert "Apache-2.0" in capsys.readouterr().out
 
 
-def test_an_error_is_one_message_and_exit_code_1(capsys):
-    assert main(["zoo", "show", "tiny/clap"]) == 1
+def test_an_error_is_one_message_and_has_an_exit_code(capsys):
+    assert main(["zoo", "show", "tiny/clap"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert (

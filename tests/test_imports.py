@@ -16,7 +16,7 @@ HEAVY = ("torch", "numpy", "transformers", "ipywidgets", "open_clip", "safetenso
 
 #: a module may import its own layer and those before it
 LAYERS = (
-    ("errors", "adapter"),
+    ("errors", "adapter", "folders"),
     ("ops",),
     ("core",),
     ("methods", "backbones", "train"),
@@ -57,6 +57,9 @@ def _loaded_after(code: str) -> set[str]:
         ),
         pytest.param("import mmadapt as mm\nmm.zoo.list()", id="zoo-list"),
         pytest.param(
+            "import mmadapt as mm\nfor name in mm.ui.__all__: getattr(mm.ui, name)", id="widgets"
+        ),
+        pytest.param(
             "import mmadapt as mm\nimport rlcompleter\n"
             "completer = rlcompleter.Completer({'mm': mm})\n"
             "assert 'mm.attach(' in [completer.complete('mm.', i) for i in range(60)]",
@@ -91,9 +94,9 @@ def test_an_unknown_private_name_gets_none() -> None:
         mmadapt._repr_html_  # noqa: B018
 
 
-def _type_checking_block() -> dict[str, str]:
-    """Name -> module of what the facade shows to type checkers."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+def _type_checking_block(path: Path) -> dict[str, str]:
+    """Name -> module of what a facade shows to type checkers."""
+    tree = ast.parse(path.read_text())
     found = {}
     for node in tree.body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -106,7 +109,15 @@ def _type_checking_block() -> dict[str, str]:
 
 def test_the_lazy_table_agrees_with_what_type_checkers_see() -> None:
     lazy = {**mmadapt._HOME, **dict.fromkeys(mmadapt._MODULES, "mmadapt")}
-    assert lazy == _type_checking_block()
+    assert lazy == _type_checking_block(PACKAGE / "__init__.py")
+    assert _type_checking_block(PACKAGE / "ui" / "__init__.py") == mmadapt.ui._HOME
+
+
+def test_no_module_of_widgets_hides_a_function() -> None:
+    assert dir(mmadapt.ui) == sorted(mmadapt.ui.__all__)
+    assert not {path.stem for path in (PACKAGE / "ui").iterdir()} & set(mmadapt.ui.__all__)
+    with pytest.raises(AttributeError, match=r"'mmadapt.ui' has no .* mean 'segment'"):
+        mmadapt.ui.segmant  # noqa: B018
 
 
 # -- layers -----------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -172,18 +174,25 @@ def test_compiled_whole_for_any_number_of_tokens() -> None:
             assert torch.allclose(new, old, atol=1e-6)
 
 
-def test_the_choice_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "FORCED", "triton")
-    monkeypatch.setattr(
-        choice, "unreached_on", torch.compiler.assume_constant_result(lambda d: None)
-    )
-    weights = [t.detach() for t in parameters(dtype=torch.float32)[2:]]
+@pytest.mark.parametrize("forced", ["triton", "cuda"])
+def test_the_choice_compiles_whole(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "FORCED", forced)
+    for name in ("unreached_on", "cuda_unreached_on"):
+        monkeypatch.setattr(choice, name, torch.compiler.assume_constant_result(lambda d: None))
+    half = torch.bfloat16
+    x, down, up = torch.randn(2, 3, 64), torch.randn(H, 64) / 8, torch.randn(64, H) / 8
+    x, down, up = x.to(half), down.to(half), up.to(half)
     run = torch.compile(
-        lambda x: ops.bottleneck(x, x, *weights, "gelu", 0.5), fullgraph=True, backend="eager"
+        lambda x: ops.bottleneck(x, x, down, None, up, None, "gelu", 0.5),
+        fullgraph=True,
+        backend="eager",
     )
-    x = torch.randn(2, 3, C)
     monkeypatch.setattr(registered, "_backend", lambda x: plain)
-    assert torch.allclose(run(x), x + reference.bottleneck(x, *weights, "gelu", 0.5), atol=1e-6)
+    asked: list[choice.Case] = []
+    monkeypatch.setattr(choice, "cluster_for", lambda case: asked.append(case) or 0)
+    expected = x + reference.bottleneck(x, down, None, up, None, "gelu", 0.5)
+    assert torch.allclose(run(x), expected, atol=0.05)
+    assert len(asked) == 1  # the operator is in the graph, whose kernel is chosen when it runs
 
 
 def test_exported_it_is_one_node() -> None:
@@ -289,16 +298,78 @@ def test_a_forced_kernel_falls_back_where_it_cannot_and_says_so_once(
 
 
 @pytest.mark.parametrize(
-    ("forced", "message"),
-    [("cuda", "has kernels in Triton only"), ("tritn", "expected reference, triton, cuda")],
+    ("changes", "against", "instead"),
+    [
+        ({}, None, "cuda"),
+        ({"dtype": torch.float16, "operands": torch.float16}, None, "cuda"),
+        ({"residual": torch.bfloat16}, None, "cuda"),
+        ({"norm": True, "training": True, "tokens": 1}, None, "cuda"),
+        ({"mixed": True}, "mixed", "triton"),
+        ({"residual": torch.float32}, "halves", "triton"),
+        ({"dtype": torch.float32}, "halves", "triton"),
+        ({"dtype": torch.float32, "operands": torch.float32}, "halves", "triton"),
+        ({"channels_in": 512}, "chunks", "triton"),
+        ({"channels": 520, "channels_in": 520}, "chunks", "triton"),
+        ({"channels": 8192, "channels_in": 8192}, "memory", "triton"),
+        ({"width": 129}, "width", "reference"),
+        ({"dropout": 0.1}, "dropout", "reference"),
+        ({"last_contiguous": False}, "layout", "reference"),
+        ({"dtype": torch.float64, "operands": torch.float64}, "dtype", "reference"),
+    ],
 )
-def test_a_path_that_is_not_there_is_refused_by_name(
-    forced: str, message: str, monkeypatch: pytest.MonkeyPatch
+def test_the_cuda_path_leaves_to_triton_what_it_cannot_and_says_so_once(
+    changes: dict[str, Any], against: str | None, instead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "FORCED", forced)
+    monkeypatch.setattr(choice, "FORCED", "cuda")
+    monkeypatch.setattr(choice, "unreached_on", lambda device: None)
+    monkeypatch.setattr(choice, "cuda_unreached_on", lambda device: None)
+    choice._say_once.cache_clear()
+    case = CASE._replace(**changes)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert [choose(case) for _ in range(2)] == [Choice(instead, True, against)] * 2
+    assert len(seen) == (against is not None)
+    if against:
+        assert str(seen[0].message).startswith(
+            "Triton computes" if instead == "triton" else "the reference computes"
+        )
+        assert choice.REASONS[against](case) in str(seen[0].message)
+    assert choice.cluster_for(case) == (0 if against else choice.CLUSTER)
+
+
+def test_the_cuda_path_is_chosen_by_itself_only_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "unreached_on", lambda device: None)
+    monkeypatch.setattr(choice, "cuda_unreached_on", lambda device: None)
+    for limits, path in (
+        (None, "reference"),
+        (LIMITS, "triton"),
+        (dataclasses.replace(LIMITS, cluster=2), "cuda"),
+    ):
+        monkeypatch.setattr(choice, "thresholds_on", lambda device, limits=limits: limits)
+        assert choose(CASE).path == path
+        assert choice.cluster_for(CASE) == (2 if path == "cuda" else 0)
+    assert choose(CASE._replace(mixed=True)).path == "triton"
+    for forced in ("triton", "reference"):
+        monkeypatch.setattr(choice, "FORCED", forced)
+        assert choose(CASE).path == forced and choice.cluster_for(CASE) == 0
+
+
+def test_a_path_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "FORCED", "tritn")
     x, tensors = torch.randn(3, C), parameters(dtype=torch.float32)
-    with pytest.raises(OpsError, match=message):
+    with pytest.raises(OpsError, match="expected reference, triton, cuda"):
         ops.bottleneck(x, x, *tensors[2:], "gelu", 1.0)
+
+
+def test_the_cuda_path_on_a_cpu_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "FORCED", "cuda")
+    choice._say_once.cache_clear()
+    x, tensors = torch.randn(3, C), parameters(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="MMADAPT_OPS asks for cuda, but on a CPU"):
+        found = ops.bottleneck(x, x, *tensors[2:], "gelu", 1.0)
+    assert torch.equal(found, x + reference.bottleneck(x, *tensors[2:], "gelu", 1.0))
 
 
 @pytest.mark.slow
@@ -318,6 +389,7 @@ def test_explain_says_which_path_and_why_in_text_and_in_a_notebook() -> None:
     assert str(found).startswith("reference: on a CPU torch's own operations are the fast path\n")
     assert "bfloat16[65,536, 768] on cpu" in str(found)
     assert "unmeasured on this device" in str(found)
+    assert "Triton here" in str(found) and "CUDA here" in str(found)
     assert found._repr_html_().startswith("<div><b>reference</b>: on a CPU torch&#x27;s own")
     on_apple = mm.ops.explain(10, 16, 4, device="mps")
     assert on_apple.why == "the kernels are for NVIDIA's devices, not for 'mps'"

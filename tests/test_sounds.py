@@ -25,6 +25,7 @@ from mmadapt.tasks.tagging.sounds import (
     mixtures,
     sounds,
 )
+from mmadapt.zoo import manifest
 
 # -- the generator --------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ def test_it_loads_with_its_classifier_and_its_features(ast: mm.Backbone) -> None
     assert sum(p.numel() for p in model.parameters()) == ast.entry.parameters < 1e6
     assert [model.config.id2label[k] for k in range(13)] == list(SOURCE)
     clips = sounds(3, 6)[0]
-    folder = mm.zoo.manifest.data_folder() / "tiny" / "ast"
+    folder = manifest.data_folder() / "tiny" / "ast"
     theirs = ASTFeatureExtractor.from_pretrained(folder)(
         [clip.samples for clip in clips], sampling_rate=RATE
     )

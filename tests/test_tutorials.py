@@ -34,8 +34,36 @@ def printed(name: str) -> str:
 
 
 def test_there_are_tutorials():
-    names = {"01_five_minutes", "02_sam_slices", "03_volumes", "04_sounds", "05_speech"}
-    assert {path.stem for path in NOTEBOOKS} >= names
+    assert {
+        "01_five_minutes",
+        "02_sam_slices",
+        "03_volumes",
+        "04_sounds",
+        "05_speech",
+        "06_llama_adapter",
+        "07_few_shot_clip",
+        "09_your_adapter",
+        "10_your_backbone",
+        "11_training_at_scale",
+        "12_kernels_and_cost",
+    } <= {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_listed_in_the_readme_and_links_to_what_is_there(path):
+    assert f"tutorials/{path.name})" in (FOLDER.parent / "README.md").read_text()
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            for target in re.findall(r"\]\(([^)#]+)\)", "".join(cell["source"])):
+                assert "://" in target or (FOLDER / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_that_trains_is_shorter_when_asked(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert code.count("MMADAPT_FAST") == 1
+    assert code.count(" if FAST else ") >= min(1, code.count("mm.fit("))
 
 
 def test_slices_are_found_better_with_the_adapter_and_scenes_worse():
@@ -109,3 +137,111 @@ def test_volumes_are_found_better_along_the_depth_and_saved_where_they_lie():
     assert float(dice["slice-wise"]) > float(dice["frozen"]) + 0.2
     assert "on the scan's grid: True" in text and "equal: True" in text
     assert len(re.findall(r"^\* ", text, re.M)) == 10  # refusals
+
+
+def number(pattern: str, text: str) -> float:
+    """The one number that a pattern finds."""
+    (found,) = re.findall(pattern, text, re.M)
+    return float(found)
+
+
+def test_few_shots_are_chosen_on_validation_and_differences_have_bounds():
+    """What the text around these numbers says."""
+    text = printed("07_few_shot_clip")
+    zero_shot, chosen = (
+        number(pattern, text)
+        for pattern in (r"^zero-shot ([\d.]+) %,", r"on validation ([\d.]+) %$")
+    )
+    peeked = number(r"best point of the right map ([\d.]+) %", text)
+    assert zero_shot < chosen < peeked - 2
+    by_shots = {
+        int(shots): [float(mean) for mean in re.findall(r"([\d.]+) ±", rest)]
+        for shots, rest in re.findall(r"^ +(\d+) +([\d.]+ ± .*)$", text, re.M)
+    }
+    assert list(by_shots) == [1, 2, 4, 8, 16]
+    assert by_shots[1][0] < zero_shot < min(by_shots[1][1:])  # the linear probe, and the others
+    assert by_shots[8][0] == max(by_shots[8]) and by_shots[16][0] == max(by_shots[16])
+    ratios = re.findall(r"^ +0\.\d +[\d.]+ %  ([\d.]+) % \[([\d.]+), ([\d.]+)\]", text, re.M)
+    means = [float(mean) for mean, _, _ in ratios]
+    assert len(means) == 4
+    assert max(means) - min(means) < float(ratios[0][2]) - float(ratios[0][1])
+    differences = re.findall(r"difference ([+-][\d.]+) ± ([\d.]+) points", text)
+    first, second = ((float(gain), float(half)) for gain, half in differences)
+    assert first[0] > 3 * first[1]
+    assert abs(second[0]) <= second[1]
+    untouched = number(r"^untouched backbone +([\d.]+) %", text)
+    pairs = re.findall(r"^\S+ +on: ([\d.]+) % .* off: ([\d.]+) %", text, re.M)
+    assert len(pairs) == 3
+    assert all(float(on) < untouched == float(off) for on, off in pairs)
+    assert "equal: True" in text
+
+
+def test_the_laws_find_what_is_wrong_with_the_draft_and_the_method_keeps_them():
+    text = printed("09_your_adapter")
+    assert "3 of 14 laws do not hold for Draft(rank=4)" in text
+    for law in ("starts as the identity", "draws from its own generator", "two of them switch"):
+        assert f"\n  {law}" in text
+    assert text.count("14 of 14 laws hold") == 2
+    low, high = {}, {}
+    for name, left, right in re.findall(r"^(\S+) +[\d.]+ % \[([\d.]+), ([\d.]+)\]", text, re.M):
+        low[name], high[name] = float(left), float(right)
+    assert low["dora"] < high["lora"] and low["lora"] < high["dora"]
+    assert min(low["lora"], low["dora"]) > high["zero-shot"] + 10
+    assert text.count(": True") == 4 and "False" not in text
+    assert "unknown adapter method 'dora'" in text
+
+
+def test_a_backbone_of_ones_own_learns_the_mirror_and_what_learns_best_forgets_most():
+    text = printed("10_your_backbone")
+    rows = {
+        name.strip(): [float(n) for n in re.findall(r"([\d.]+) %", rest)]
+        for name, rest in re.findall(r"^(\S.{21}) +[\d,]+ (.* %)$", text, re.M)
+    }
+    frozen, upright = rows.pop("frozen")
+    assert len(rows) == 4
+    assert all(mirrored > frozen + 20 and off == upright for mirrored, _, off in rows.values())
+    by_gain = sorted(rows, key=lambda name: rows[name][0])
+    assert by_gain == ["scale and shift", "LoRA, gate", "bottleneck", "LoRA, value and gate"]
+    kept = [rows[name][1] for name in by_gain]
+    assert kept == sorted(kept, reverse=True)
+    assert "value: 0 of 64 rows moved; gate: 64 of 64" in text
+    assert "the same losses: True" in text and "equal: True" in text
+    assert "stages is 3 here and 4 in the file" in text
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes_and_two_processes_to_the_same_numbers():
+    text = printed("11_training_at_scale")
+    memory = {
+        name.strip(): float(size)
+        for name, size in re.findall(r"^(\S.{28}) +([\d.]+) MiB", text, re.M)
+    }
+    whole, every = memory["full fine-tuning"], memory["bottleneck, all layers"]
+    assert 0.6 < every / whole < 0.72  # about a third less
+    assert memory["…, recomputed"] < 0.15 * every
+    assert 0.5 < memory["…, bfloat16"] / every < 1
+    assert memory["bottleneck, last layer"] < 0.1 * memory["bottleneck, last four layers"]
+    assert number(r"takes 1/([\d.]+) of the time", text) > 1.5
+    assert "3 of 4 layers passed over" in text and "the same losses: True" in text
+    assert number(r"apart by at most ([\d.]+),", text) < 0.05
+    assert "the adapter is torch.float32" in text
+    assert "exit status -9: no word" in text and text.count("exit status 0") == 4
+    assert "resumed night.pt at step" in text and "resumed three.pt at step 60" in text
+    assert "byte for byte: True" in text and "1 in 10,000: True" in text
+
+
+def test_costs_are_what_the_text_says_of_them():
+    text = printed("12_kernels_and_cost")
+    assert number(r"the roof bends at ([\d.]+) operations", text) < 16
+    steps = re.findall(r"^(bottleneck|LoRA).* ([\d.]+) +\d+ MiB$", text, re.M)
+    assert len(steps) == 2
+    assert all(0.55 < float(step) < 0.75 for _, step in steps)
+    times = {
+        name.strip(): float(ratio)
+        for name, ratio in re.findall(r"^(\S.{8,12}) .*× bare ([\d.]+)", text, re.M)
+    }
+    assert abs(times["none active"] - 1) < 0.1 and abs(times["LoRA, merged"] - 1) < 0.1
+    assert 1 < times["bottleneck"] < times["LoRA, MLP"] < 1.4
+    assert times["together"] < 0.75 * times["in turns"]
+    assert text.count("1e-5: True") == 2
+    switches = [float(n) for n in re.findall(r"switch.*?: (\d+) µs", text)]
+    assert len(switches) == 4 and max(switches) < 200

@@ -260,6 +260,24 @@ def test_a_window_is_encoded_once() -> None:
     assert not study.mask.any() and study.points == []
 
 
+def test_clicks_in_a_volume_are_taken_back_and_asked_anew() -> None:
+    study = VolumeSegmenter(adapted(), wide(), (8, 8, 8))
+    first = study.click((10, 10, 9)).copy()
+    study.click((8, 12, 9), 0)
+    study.ask()
+    assert study.points == [] and not study.mask.any()
+    study.undo()
+    assert study.points == [(10, 10, 9), (8, 12, 9)] and study.labels == [1, 0]
+    study.undo()
+    assert study.points == [(10, 10, 9)] and numpy.array_equal(study.mask, first)
+    with pytest.raises(Refused, match="outside of an image"):
+        study.ask([(10, 10, 9), (99, 9, 9)])
+    assert study.points == [(10, 10, 9)] and numpy.array_equal(study.mask, first)
+    study.undo()
+    study.undo()  # nothing is left
+    assert study.points == [] and not study.mask.any()
+
+
 def test_it_answers_as_the_model_does() -> None:
     model = adapted()
     values, _ = bodies(1, 6)

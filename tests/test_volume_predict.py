@@ -394,6 +394,82 @@ def test_a_slice_is_encoded_once_and_remembers_its_clicks(trained: nn.Module) ->
         study.propagate()
 
 
+def test_steps_on_slices_are_taken_back_one_by_one(trained: nn.Module) -> None:
+    study = volumes.SliceSegmenter(trained, scan())
+    seen = [study.mask.copy()]
+    steps: list[Any] = [
+        lambda: study.click((7, 8, 7)),
+        lambda: study.click((7, 3, 7), 0),
+        lambda: study.box((6, 4, 4, 9, 12, 12)),
+        lambda: study.propagate(),
+        lambda: study.draw(TRUTH),
+        lambda: study.ask([(5, 8, 7)]),
+        lambda: study.ask(),
+    ]
+    for step in steps:
+        step()
+        seen.append(study.mask.copy())
+    assert study.points == [] and not study.mask.any()
+    for place in range(len(steps) - 1, -1, -1):
+        study.undo()
+        assert numpy.array_equal(study.mask, seen[place]), place
+        if place == 3:
+            assert study.points == [(7, 8, 7), (7, 3, 7)] and study.labels == [1, 0]
+            assert study.boxes == [(6, 4, 4, 9, 12, 12)] and study.prompted == [6, 7, 8]
+    assert study.prompted == [] == study.points == study.boxes
+    study.undo()  # nothing is left
+    # what comes after is not what was taken back
+    other = volumes.SliceSegmenter(trained, scan())
+    assert numpy.array_equal(study.click((7, 8, 8)), other.click((7, 8, 8)))
+
+
+def test_asking_for_all_prompts_is_asking_one_by_one(trained: nn.Module) -> None:
+    study, other = (volumes.SliceSegmenter(trained, scan()) for _ in range(2))
+    study.click((2, 2, 2))
+    other.box((6, 4, 4, 8, 12, 12))
+    other.click((7, 8, 7))
+    other.click((9, 8, 7), 0)
+    study.ask([(7, 8, 7), (9, 8, 7)], [1, 0], other.boxes)
+    assert numpy.array_equal(study.mask, other.mask)
+    assert (study.points, study.labels, study.boxes) == (other.points, other.labels, other.boxes)
+    for wrong, message in (
+        ({"points": [(7, 8, 7), (99, 8, 7)]}, "outside of an image"),
+        ({"points": [(7, 8, 7)], "labels": [1, 0]}, "labels are of shape"),
+        ({"boxes": [(6, 4, 4, 6, 12, 12)]}, "reversed or empty"),
+    ):
+        with pytest.raises(Refused, match=message):
+            study.ask(**wrong)
+        assert numpy.array_equal(study.mask, other.mask) and study.points == other.points
+
+
+def test_a_click_on_a_slice_that_cannot_be_encoded_changes_nothing(trained: nn.Module) -> None:
+    values = scan().array.copy()
+    values[0, 4] += 3
+    study = volumes.SliceSegmenter(trained, Volume(values, scan().affine))
+    study.click((7, 8, 7))
+    before = study.mask.copy()
+    with pytest.raises(Refused, match="in slice 4, expected 0 to 1"):
+        study.click((4, 8, 7))
+    with pytest.raises(Refused, match="in slice 4, expected 0 to 1"):
+        study.box((2, 4, 4, 9, 12, 12))
+    assert numpy.array_equal(study.mask, before)
+    assert study.points == [(7, 8, 7)] and study.boxes == [] and study.prompted == [7]
+    study.undo()
+    assert study.prompted == []
+
+
+def test_slices_are_encoded_anew_after_training(trained: nn.Module) -> None:
+    model: Any = copy.deepcopy(trained)
+    attachment = mm.attach(model, mm.Bottleneck(2), at="vision.layers[*].mlp", seed=0)
+    study = volumes.SliceSegmenter(model, scan())
+    before = study._encoded.of(7).embedding
+    assert study._encoded.of(7).embedding is before
+    with torch.no_grad():
+        for tensor in attachment.parameters():
+            tensor.add_(0.1)
+    assert not torch.equal(study._encoded.of(7).embedding, before)
+
+
 def test_between_two_prompted_slices_each_goes_half_of_the_way(trained: nn.Module) -> None:
     for low, high in ((3, 8), (3, 9), (6, 7)):
         study = volumes.SliceSegmenter(trained, scan())
@@ -480,13 +556,13 @@ def test_slices_are_encoded_in_stacks_for_layers_that_look_along_the_depth(
     starts = {*range(0, 14 - length, length // 2), 14 - length}
     stacks = {s: sam.encode_stack(grey[s : s + length], grey=True).embedding for s in starts}
     for z in (0, 13, 6, 7, 2, 11, 6):
-        found = study._encode(z).embedding[0]
+        found = study._encoded.of(z).embedding[0]
         own = [s for s in starts if torch.equal(found, stacks[s][min(max(z - s, 0), length - 1)])]
         assert len(own) == 1
         least = min(length // 4, z, 13 - z)  # neighbours on either side, but at the ends
         assert z - own[0] >= least and own[0] + length - 1 - z >= least
     alone = sam.encode(grey[6], grey=True).embedding[0]
-    assert not torch.allclose(study._encode(6).embedding[0], alone, atol=1e-2)
+    assert not torch.allclose(study._encoded.of(6).embedding[0], alone, atol=1e-2)
 
 
 def test_a_stack_is_encoded_once_and_anew_for_another_adapter() -> None:
@@ -498,11 +574,11 @@ def test_a_stack_is_encoded_once_and_anew_for_another_adapter() -> None:
     study.click((0, 8, 7))
     assert len(runs) == 1
     with mm.disabled(model):
-        bare = study._encode(1).embedding
+        bare = study._encoded.of(1).embedding
     assert len(runs) == 2
     frozen = volumes.SliceSegmenter(BACKBONES["hf_sam"].fresh(), scan())
-    assert torch.equal(bare, frozen._encode(1).embedding)
-    assert not torch.equal(study._encode(1).embedding, bare)
+    assert torch.equal(bare, frozen._encoded.of(1).embedding)
+    assert not torch.equal(study._encoded.of(1).embedding, bare)
 
 
 def stretched(truth: numpy.ndarray) -> Volume:

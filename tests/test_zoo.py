@@ -8,13 +8,14 @@ import torch
 
 import mmadapt as mm
 from mmadapt.errors import MissingDependencyError, ZooError
-from mmadapt.zoo import load as loading
 from mmadapt.zoo import manifest
 
 
-def test_every_entry_has_files_digests_a_licence_and_numbers():
-    for item in manifest._entries().values():
-        assert item.files and all(len(file["sha256"]) == 64 and file["size"] for file in item.files)
+def test_every_bundled_entry_has_files_digests_a_licence_and_numbers():
+    bundled = [item for item in manifest.shipped() if "bundled" in item.source]
+    assert len(bundled) >= 5
+    for item in bundled:
+        assert item.pinned and all(file.sha256 and file.size for file in item.files)
         assert item.licence["weights"] == "Apache-2.0" and item.licence["data"]
         assert item.parameters > 0 and item.metrics and item.recipe
 
@@ -47,8 +48,8 @@ def test_tiny_sam_loads_in_single_precision_and_keeps_the_random_state():
     assert not sam.model.training and sam.anatomy.family == "sam"
     assert {p.dtype for p in sam.model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in sam.model.parameters()) == sam.entry.parameters < 1.2e6
-    weights = next(file for file in sam.entry.files if file["role"] == "weights")
-    assert weights["size"] < 2.5e6
+    weights = next(file for file in sam.entry.files if file.role == "weights")
+    assert weights.size < 2.5e6
 
 
 def test_transformers_prepares_images_for_tiny_sam_as_the_segmenter_does():
@@ -143,8 +144,10 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         mm.load(tmp_path / "nowhere")
     with pytest.raises(ZooError, match="holds neither"):
         mm.load(tmp_path)
-    with pytest.raises(ZooError, match="hub ids such as 'hf:org/repo' cannot be fetched"):
-        mm.load("hf:org/repo")
+    with pytest.raises(ZooError, match=r"'hf:org' is no hub id\n.*hf:org/repo@revision"):
+        mm.load("hf:org")
+    with pytest.raises(ZooError, match=r"dtype is 'int8'"):
+        mm.load("tiny/clip", dtype="int8")
     with pytest.raises(ZooError, match="expected a zoo name or a folder, got int"):
         mm.load(3)
 
@@ -153,7 +156,7 @@ def test_damaged_bundled_files_are_refused(tmp_path, monkeypatch):
     copy = tmp_path / "zoo"
     shutil.copytree(manifest.data_folder() / "tiny", copy / "tiny")
     shutil.copy(manifest.data_folder() / "manifest.json", copy)
-    monkeypatch.setattr(loading, "data_folder", lambda: copy)
+    monkeypatch.setattr(manifest, "data_folder", lambda: copy)
     weights = copy / "tiny" / "clip" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -171,9 +174,9 @@ def test_the_held_out_number_is_reported_and_good():
 
 
 def test_the_list_is_a_table():
-    table = mm.zoo.list("tiny/*")
-    assert ("tiny/clip" in [row[0] for row in table]) and "Apache-2.0" in repr(table)
-    assert len(mm.zoo.list("none/*")) == 0
+    found = mm.zoo.list("tiny/*")
+    assert "tiny/clip" in [item.name for item in found] and "Apache-2.0" in repr(found)
+    assert "<table>" in found._repr_html_() and len(mm.zoo.list("none/*")) == 0
 
 
 def test_a_torchvision_that_does_not_fit_torch_is_explained(monkeypatch):

@@ -1,12 +1,15 @@
-"""Time the fused bottleneck against eager and compiled torch, on a GPU, and say what was reached.
+"""Time the fused bottleneck on a GPU: both kernels beside eager and compiled torch, and what that decides.
 
-    python kernels/bench/run.py --out kernels/bench/<device>.json [--minutes 8]
+    python kernels/bench/run.py --out kernels/bench/<device>.json [--minutes 9]
+    python kernels/bench/run.py --table kernels/bench/<device>.json    # once more, from the file
 
 Correctness comes first: every shape is checked against float64 and for equal bits in two runs before
-it is timed. Inputs rotate through more memory than the last cache holds. Rows are written as they
-finish, so that a run that is cut short leaves what it has. `--dry` walks through it in the
-interpreter with one tiny shape and times nothing.
+anything is timed. What decides comes next, and what is nice to know last; the JSON is written after
+every row, so that a run that is cut short leaves what it has. `--dry` walks through all of it with
+one tiny shape, in Triton's interpreter and the emulator, and times nothing.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -14,149 +17,80 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SHAPES = ((768, 64), (1024, 64), (1280, 32), (4096, 64), (4096, 16))
-TOKENS = (1_576, 16_384, 65_536, 262_144)
-ROTATED = 2e9  # bytes
+sys.path.insert(0, str(Path(__file__).parent))
+
+import rules
+from device import Device
+from parts import MANY, Parts
+from vit_b import training_steps
+
+#: seconds that a row may take, which have to be left for it to begin
+ROW = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument(
+        "--table", type=Path, help="print the table of this file and measure nothing"
+    )
     parser.add_argument("--dry", action="store_true")
     asked = parser.parse_args()
-    if asked.dry:
-        sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-        os.environ["TRITON_INTERPRET"] = "1"
-        import interpreter  # noqa: F401  # pyright: ignore[reportMissingImports]
-    import torch
-
-    if not asked.dry and not torch.cuda.is_available():
+    if asked.table:
+        print(rules.table(json.loads(asked.table.read_text())))
+        return
+    device = Device(asked.dry, asked.minutes)
+    if not asked.dry and not device.torch.cuda.is_available():
         sys.exit("there is no GPU here; --dry walks through it without one")
-    bench = Bench("cpu" if asked.dry else "cuda", asked.dry, asked.minutes)
-    bench.everything()
-    if asked.out and not asked.dry:
-        asked.out.write_text(json.dumps(bench.found, indent=1) + "\n")
+    found = Run(device, asked.out).everything()
+    print(rules.table(found))
 
 
-class Bench:
-    """One run: ceilings of the device, then a row for each shape."""
+class Run:
+    """One run, and the file it writes."""
 
-    def __init__(self, device: str, dry: bool, minutes: float) -> None:
-        import torch
+    def __init__(self, device: Device, out: Path | None) -> None:
+        self.device, self.out, self.parts = device, out, Parts(device)
+        names = ("checked", "forward", "step", "mixed", "launch", "tiles", "vit_b")
+        self.found: dict[str, Any] = {**device.facts(), **{name: [] for name in names}}
 
-        from mmadapt.ops import choice
+    def everything(self) -> dict[str, Any]:
+        parts, dry = self.parts, self.device.dry
+        many = 33 if dry else MANY
+        parts.compiled_ahead()
+        ceilings = self.found["ceilings"] = parts.ceilings()
+        self.keep("checked", parts.checked())
+        self.keep("forward", parts.forward(many, True, ceilings))
+        self.keep("step", parts.step(many, True, compiled=True))
+        self.keep("mixed", parts.mixed())
+        self.keep("forward", parts.forward(many, False, ceilings))
+        self.keep("step", parts.step(many, False, compiled=False))
+        self.keep("launch", parts.launch())
+        self.keep("vit_b", training_steps(self.device))
+        for tokens in () if dry else (262_144, 16_384, 1_576):
+            self.keep("forward", parts.forward(tokens, True, ceilings))
+        self.keep("tiles", parts.tiles())
+        return self.found
 
-        choice.FORCED = "triton"
-        self.torch, self.device, self.dry = torch, device, dry
-        self.end = time.monotonic() + 60 * minutes
-        name = "interpreter" if dry else torch.cuda.get_device_name()
-        self.found: dict[str, Any] = {"device": name, "torch": torch.__version__, "rows": []}
-
-    def everything(self) -> None:
-        if not self.dry:
-            self.found["copy_bytes_per_second"] = self.copying()
-        shapes = ((64, 8),) if self.dry else SHAPES
-        for channels, width in shapes:
-            self.checked(channels, width)
-            for tokens in (33,) if self.dry else TOKENS:
-                if time.monotonic() > self.end:
-                    print("out of time; later shapes were not measured")
-                    return
-                row = self.row(channels, width, tokens)
-                self.found["rows"].append(row)
-                print(json.dumps(row), flush=True)
-
-    def copying(self) -> float:
-        """Bytes a second, read and written, of a copy of 4 GB."""
-        source = self.torch.empty(4 << 30, dtype=self.torch.uint8, device=self.device)
-        target = self.torch.empty_like(source)
-        return 2 * source.numel() / (1e-6 * self.microseconds(lambda: target.copy_(source)))
-
-    def drawn(self, channels: int, width: int, tokens: int) -> tuple[Any, list[Any]]:
-        """x (T, C) of bfloat16, and float32 parameters: norm's two, down, bias, up, bias."""
-
-        def normal(*shape: int) -> Any:
-            return self.torch.randn(shape, device=self.device)
-
-        tensors = [
-            1 + 0.2 * normal(channels),
-            0.2 * normal(channels),
-            normal(width, channels) / channels**0.5,
-            0.3 * normal(width),
-            normal(channels, width) / width**0.5,
-            0.3 * normal(channels),
-        ]
-        x = normal(tokens, channels).bfloat16().requires_grad_()
-        return x, [tensor.requires_grad_() for tensor in tensors]
-
-    def fused(self, x: Any, tensors: list[Any]) -> Any:
-        from mmadapt.ops.bottleneck import bottleneck
-
-        weight, bias, down, down_bias, up, up_bias = tensors
-        rest = (down, down_bias, up, up_bias)
-        return bottleneck(x, x, *rest, "gelu", 0.7, 0.0, (weight, bias))
-
-    def eager(self, x: Any, tensors: list[Any]) -> Any:
-        """The same under autocast's rules: parameters rounded to x's dtype, five operations."""
-        F = self.torch.nn.functional
-        weight, bias, down, down_bias, up, up_bias = (t.to(x.dtype) for t in tensors)
-        z = F.layer_norm(x, x.shape[-1:], weight, bias)
-        change = F.linear(F.gelu(F.linear(z, down, down_bias)), up, up_bias)
-        return self.torch.add(x, change, alpha=0.7)
-
-    def checked(self, channels: int, width: int) -> None:
-        """Raise unless the kernels agree with float64 and with themselves, bit for bit."""
-        x, tensors = self.drawn(channels, width, 33 if self.dry else 1001)
-        exact = self.eager(x.double(), [tensor.double() for tensor in tensors])
-        once, twice = self.fused(x, tensors), self.fused(x, tensors)
-        error = float((once.double() - exact).norm() / exact.norm())
-        if not error < 1e-2 or not self.torch.equal(once, twice):
-            raise RuntimeError(f"{channels} → {width}: error {error:.1e}, or bits that differ")
-
-    def row(self, channels: int, width: int, tokens: int) -> dict[str, Any]:
-        """Microseconds of forward and of forward and backward, by path."""
-        size = 2 * tokens * channels * 2
-        many = 1 if self.dry else max(1, min(8, int(ROTATED // size)))
-        inputs = [self.drawn(channels, width, tokens) for _ in range(many)]
-        dy = self.torch.randn_like(inputs[0][0])
-        paths: dict[str, Any] = {"fused": self.fused, "eager": self.eager}
-        if not self.dry:
-            paths["compiled"] = self.torch.compile(self.eager)
-        row: dict[str, Any] = {"channels": channels, "width": width, "tokens": tokens}
-        for name, path in paths.items():
-            turn = [0]
-
-            def forward(path: Any = path, turn: list[int] = turn) -> Any:
-                turn[0] += 1
-                return path(*inputs[turn[0] % many])
-
-            def quietly(forward: Any = forward) -> None:
-                with self.torch.no_grad():
-                    forward()
-
-            row[f"{name}_forward_us"] = self.microseconds(quietly)
-            row[f"{name}_step_us"] = self.microseconds(
-                lambda forward=forward: forward().backward(dy)
-            )
-        if not self.dry:
-            reached = size / (1e-6 * row["fused_forward_us"])
-            row["share_of_copy"] = reached / self.found["copy_bytes_per_second"]
-        return row
-
-    def microseconds(self, call: Callable[[], Any]) -> float:
-        """The median of a call; nothing is timed on a dry walk."""
-        if self.dry:
-            call()
-            return 0.0
-        from triton.testing import do_bench
-
-        return 1000 * float(do_bench(call, warmup=25, rep=100, return_mode="median"))  # pyright: ignore[reportArgumentType]
+    def keep(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows of one part, until they end or time does."""
+        rows = iter(rows)
+        while self.device.left() > ROW:
+            row = next(rows, None)
+            if row is None:
+                return
+            self.found[name].append(row)
+            print(name, json.dumps(row), flush=True)
+            if self.out:
+                partial = self.out.with_suffix(".partial")
+                partial.write_text(json.dumps(self.found, indent=1) + "\n")
+                os.replace(partial, self.out)
+        print(f"out of time: {name} and what follows were not measured whole", flush=True)
 
 
 if __name__ == "__main__":

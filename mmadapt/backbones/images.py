@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.errors import DataError
@@ -36,6 +37,47 @@ class OpenClipPreprocess:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in sorted(self.config.items()))
         return f"OpenClipPreprocess(size={self.size}, {settings})"
+
+
+class ProcessorPreprocess:
+    """One image or a sequence of images to float pixels (N, 3, H, W), by transformers' processor of a folder."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.settings = dict(settings)
+        self._processor: Any = None
+
+    def __call__(self, images: Any) -> Tensor:
+        if self._processor is None:
+            from transformers import AutoImageProcessor
+
+            self._processor = AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
+        return self._processor(as_images(images), return_tensors="pt")["pixel_values"]
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
+        return f"ProcessorPreprocess({settings})"
+
+
+class TimmPreprocess:
+    """One image or a sequence of images to float pixels (N, 3, S, S), by timm's transform for the weights."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = dict(settings)
+        self._transform: Any = None
+
+    def __call__(self, images: Any) -> Tensor:
+        import torch
+
+        if self._transform is None:
+            from timm.data.transforms_factory import create_transform
+
+            self._transform = create_transform(**self.settings, is_training=False)
+        return torch.stack([self._transform(image) for image in as_images(images)])
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
+        return f"TimmPreprocess({settings})"
 
 
 def as_images(images: Any) -> list[Image]:

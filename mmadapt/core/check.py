@@ -1,8 +1,8 @@
-"""A check on demand: does the attachment really act, and really train?"""
+"""Checks on demand: does the attachment really act and train, does a method keep the laws?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import require_bank
@@ -11,6 +11,8 @@ from mmadapt.errors import CheckError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mmadapt.adapter import Adapter
 
 
 def check(m: Any, batch: Any) -> Table:
@@ -41,7 +43,7 @@ def check(m: Any, batch: Any) -> Table:
         hook.fired = False
     tensors = [(key, name, p) for key, name, p in _adaptertensors_in(bank)]
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        total = _total(_call(model, _outside_inference(batch)))
+        loss = total(call(model, outside_inference(batch)))
         silent = [hook.site.name for hook in hooks if not hook.fired]
         for hook in hooks:
             hook.fired = hook.fired or fired[hook.site.name]
@@ -51,8 +53,8 @@ def check(m: Any, batch: Any) -> Table:
                 "the batch does not reach them, or their modules are never called",
             )
         gradients = (
-            torch.autograd.grad(total, [p for *_, p in tensors], allow_unused=True)
-            if tensors and total.requires_grad
+            torch.autograd.grad(loss, [p for *_, p in tensors], allow_unused=True)
+            if tensors and loss.requires_grad
             else [None] * len(tensors)
         )
     rows: dict[str, list[str]] = {}
@@ -78,6 +80,24 @@ def check(m: Any, batch: Any) -> Table:
     return table
 
 
+def check_laws(
+    m: Any, adapter: Adapter, batch: Any, at: str | Sequence[str] | None = None
+) -> Table:
+    """Verify on copies of a model that an adapter keeps the laws; one row a law.
+
+    `batch` is what the model takes, as in `check`: a tensor, a tuple of arguments or a dictionary of
+    keywords, with at least two rows. Take a small model of the class that is meant: some ten copies
+    are made of it, in eval mode and without what may be attached to it; `m` itself is not touched.
+    Raises `CheckError` that names every law that does not hold, and what was seen instead.
+
+        clip = mm.load("tiny/clip")
+        mm.check_laws(clip, mm.Bottleneck(4), torch.randn(3, 3, 32, 32), at="vision.layers[*].mlp")
+    """
+    from mmadapt.core.laws import verify
+
+    return verify(m, adapter, batch, at)
+
+
 def _backbone(model: Any):
     from mmadapt.core.bank import backbone_parameters
 
@@ -91,7 +111,7 @@ def _adaptertensors_in(bank: Any):
                 yield key, tensor, parameter
 
 
-def _outside_inference(batch: Any) -> Any:
+def outside_inference(batch: Any) -> Any:
     """`batch` with copies of the tensors that inference mode made, which no graph may hold."""
     import torch
     from torch.utils import _pytree
@@ -103,7 +123,8 @@ def _outside_inference(batch: Any) -> Any:
     return _pytree.tree_map(plain, batch)
 
 
-def _call(model: Any, batch: Any) -> Any:
+def call(model: Any, batch: Any) -> Any:
+    """The model called with a batch: a dictionary of keywords, a tuple of arguments, or one argument."""
     if isinstance(batch, dict) or hasattr(batch, "keys"):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
@@ -111,7 +132,7 @@ def _call(model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _total(output: Any) -> Tensor:
+def total(output: Any) -> Tensor:
     """A scalar that depends on every floating tensor of the output, normalised ones too."""
     import torch
 

@@ -40,8 +40,8 @@ def bottleneck(
             _refuse_integers(x)
     else:
         check(residual, x, norm, down, up)
-        fits = case(x, down, up, activation, norm is not None, dropout)
-        if choice.choose(fits).path == "triton":
+        fits = case(residual, x, down, up, activation, norm is not None, dropout)
+        if choice.choose(fits).path != "reference":
             tensors = (*(norm or (None, None)), down, down_bias, up, up_bias)
             return _fused(residual, x, tensors, scale, None, activation)
     z = x if norm is None else layer_norm(x, *norm)
@@ -86,8 +86,8 @@ def mixed_known(
 ) -> Tensor:
     """`mixed` with ids that are known to lie on x's device and in their range."""
     check(residual, x, norm, down[0], up[0])
-    fits = case(x, down[0], up[0], activation, norm is not None, 0.0)
-    if choice.choose(fits).path == "triton":
+    fits = case(residual, x, down[0], up[0], activation, norm is not None, 0.0, mixed=True)
+    if choice.choose(fits).path != "reference":
         tensors = (*(norm or (None, None)), down, down_bias, up, up_bias)
         return _fused(residual, x, tensors, scale, ids, activation)
     return mixed_bottleneck(residual, x, ids, down, down_bias, up, up_bias, activation, scale, norm)
@@ -114,10 +114,12 @@ def couple(
 
 
 def fuses(x: Tensor, down: Tensor, up: Tensor, activation: str, norm: bool) -> bool:
-    """Whether a kernel would compute a bottleneck of these matrices, (H, C_in) and (C, H), on x."""
+    """Whether a kernel would compute mixed rows by matrices like these, (H, C_in) and (C, H), on x."""
     if choice.FORCED is None and x.is_cpu:
         return False
-    return choice.choose(case(x, down, up, activation, norm, 0.0)).path == "triton"
+    return (
+        choice.choose(case(x, x, down, up, activation, norm, 0.0, mixed=True)).path != "reference"
+    )
 
 
 def fused(
@@ -160,7 +162,14 @@ def operands_of(x: Tensor) -> torch.dtype:
 
 
 def case(
-    x: Tensor, down: Tensor, up: Tensor, activation: str, norm: bool, dropout: float
+    residual: Tensor | None,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    norm: bool,
+    dropout: float,
+    mixed: bool = False,
 ) -> choice.Case:
     """What the choice depends on. down (H, C_in), up (C, H)."""
     return choice.Case(
@@ -177,6 +186,8 @@ def case(
         dropout=dropout,
         last_contiguous=x.stride(-1) == 1,
         functorch=torch._C._are_functorch_transforms_active(),
+        mixed=mixed,
+        residual=None if residual is None else residual.dtype,
     )
 
 

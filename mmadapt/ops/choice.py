@@ -2,24 +2,30 @@
 
 What a kernel can compute at all is known; from where on it is the faster one is measured on each kind
 of device by `kernels/bench`. Without a measurement the reference computes. `MMADAPT_OPS` forces a
-path: `reference`, `triton`, or `cuda`, which this version does not have.
+path: `reference`, `triton`, or `cuda`, whose forward pass is written for clusters of thread blocks and
+which leaves to Triton what it does not compute, every backward pass among it.
 """
 
 from __future__ import annotations
 
 import functools
-import html
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmadapt.errors import OpsError
+from mmadapt.kernels.cuda import compiler, driver  # pyright: ignore[reportMissingImports]
+from mmadapt.kernels.cuda.instance import (  # pyright: ignore[reportMissingImports]
+    ARCHITECTURES,
+    CHUNK,
+    fits,
+)
 from mmadapt.ops.reference import ACTIVATIONS
 
 PATHS = ("reference", "triton", "cuda")
@@ -27,8 +33,11 @@ PATHS = ("reference", "triton", "cuda")
 FORCED: str | None = os.environ.get("MMADAPT_OPS") or None
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
 #: the widest bottleneck whose tiles fit a kernel's registers
 WIDEST = 128
+#: blocks of a cluster where the CUDA forward is asked for and nothing was measured
+CLUSTER = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class Thresholds:
     width_float32: int
     #: the file with the measurement
     measured: str
+    #: blocks of a cluster where the CUDA forward took at most 1 / 1.15 of Triton's time; 0: nowhere
+    cluster: int = 0
 
 
 #: by compute capability. UNMEASURED: no GPU has run the kernels, so none is chosen by itself.
@@ -66,10 +77,17 @@ class Case(NamedTuple):
     dropout: float = 0.0
     last_contiguous: bool = True
     functorch: bool = False
+    #: whether each row picks an adapter
+    mixed: bool = False
+    #: of the residual, where there is one
+    residual: torch.dtype | None = None
 
 
 class Choice(NamedTuple):
-    """The path, whether it was forced, and what speaks against the kernels: a key of `REASONS`."""
+    """The path, whether it was forced, and what speaks against the kernels: a key of `REASONS`.
+
+    With the path forced to "cuda" and found to be another, it is what speaks against that one.
+    """
 
     path: str
     forced: bool
@@ -89,17 +107,33 @@ REASONS: dict[str, Callable[[Case], str]] = {
     "cpu": lambda case: "on a CPU torch's own operations are the fast path",
     "triton": lambda case: "Triton is not installed",
     "old": lambda case: "the kernels need compute capability 8.0 or above",
+    "no cuda": lambda case: _missing_for_cuda() or "",
+    "no clusters": lambda case: (
+        "the CUDA kernel is for clusters of compute capability 9.0 and 10.0"
+    ),
+    "mixed": lambda case: "each row picks an adapter",
+    "halves": lambda case: (
+        f"the CUDA kernel computes bfloat16 or float16 throughout, not {name(case.dtype)} in products "
+        f"of {name(case.operands)} to {name(case.residual or case.dtype)}"
+    ),
+    "chunks": lambda case: (
+        f"the CUDA kernel goes from channels to as many, in chunks of {CHUNK}, not from "
+        f"{case.channels_in} to {case.channels}"
+    ),
+    "memory": lambda case: (
+        f"16 rows of {case.channels} channels do not fit the shared memory of a block"
+    ),
     "device": lambda case: f"the kernels are for NVIDIA's devices, not for {case.device.type!r}",
     "functorch": lambda case: "a transform of torch.func is at work",
     "dropout": lambda case: "dropout acts inside the bottleneck",
     "activation": lambda case: f"the kernels have no activation {case.activation!r}",
     "empty": lambda case: "there is nothing to compute",
     "dtype": lambda case: (
-        f"{_name(case.dtype)} in products of {_name(case.operands)} is not among "
-        f"{', '.join(map(_name, _DTYPES))}"
+        f"{name(case.dtype)} in products of {name(case.operands)} is not among "
+        f"{', '.join(map(name, _DTYPES))}"
     ),
     "rounding": lambda case: (
-        f"{_name(case.dtype)} is normed before autocast rounds it to {_name(case.operands)}"
+        f"{name(case.dtype)} is normed before autocast rounds it to {name(case.operands)}"
     ),
     "width": lambda case: (
         f"the bottleneck is {case.width} wide, and the kernels' registers hold {WIDEST}"
@@ -120,27 +154,61 @@ REASONS: dict[str, Callable[[Case], str]] = {
 
 def choose(case: Case) -> Choice:
     """The path for this case; a forced one wherever it can compute it."""
-    if FORCED is not None and FORCED not in ("reference", "triton"):
-        _refuse(FORCED)
+    if FORCED is not None and FORCED not in PATHS:
+        raise OpsError(
+            f"MMADAPT_OPS is {FORCED!r}, expected {', '.join(PATHS)} or nothing",
+            "set it before mmadapt is imported, or unset it",
+        )
     if FORCED == "reference":
         return Choice("reference", True, None)
-    unfit = _unfit(case)
-    if FORCED == "triton":
-        if unfit is None:
-            return Choice("triton", True, None)
-        choice = Choice("reference", True, unfit)
-        if unfit != "empty" and not torch.compiler.is_compiling():
-            _say_once(choice.why(case))
-        return choice
-    against = unfit or _slower(case)
-    return Choice("reference" if against else "triton", False, against)
+    if FORCED is None:
+        against = unfit(case) or _slower(case)
+        path = "reference" if against else "cuda" if cluster_for(case) else "triton"
+        return Choice(path, False, against)
+    against = unfit(case) if FORCED == "triton" else unfit_for_cuda(case)
+    if against is None:
+        return Choice(FORCED, True, None)
+    other = "triton" if FORCED == "cuda" and unfit(case) is None else "reference"
+    choice = Choice(other, True, against)
+    if against != "empty" and not torch.compiler.is_compiling():
+        _say_once(other, choice.why(case))
+    return choice
 
 
-def _unfit(case: Case) -> str | None:
-    """Why no kernel can compute this, or None."""
+def cluster_for(case: Case) -> int:
+    """Blocks of a cluster for the CUDA forward pass of this case, or 0 where another path has it."""
+    limits = thresholds_on(case.device)
+    measured = limits.cluster if limits else 0
+    if FORCED == "cuda":
+        measured = measured or CLUSTER
+    elif FORCED is not None:
+        return 0
+    return measured if measured and unfit_for_cuda(case) is None else 0
+
+
+def unfit(case: Case) -> str | None:
+    """Why no Triton kernel can compute this, or None."""
     unreached = unreached_on(case.device)
     if unreached:
         return unreached
+    return _unfit_for_any(case)
+
+
+def unfit_for_cuda(case: Case) -> str | None:
+    """Why the CUDA kernel cannot compute this forward pass, or None."""
+    unreached = cuda_unreached_on(case.device) or _unfit_for_any(case)
+    if unreached:
+        return unreached
+    if case.mixed:
+        return "mixed"
+    if case.dtype not in _HALVES or {case.operands, case.residual or case.dtype} != {case.dtype}:
+        return "halves"
+    if case.channels_in != case.channels or case.channels % CHUNK:
+        return "chunks"
+    return None if fits(case.channels, case.width) else "memory"
+
+
+def _unfit_for_any(case: Case) -> str | None:
     if case.functorch:
         return "functorch"
     if case.dropout:
@@ -201,6 +269,21 @@ def _unreached_on(device: torch.device) -> str | None:
     return None if _capability(device) >= (8, 0) else "old"
 
 
+@torch.compiler.assume_constant_result
+def cuda_unreached_on(device: torch.device) -> str | None:
+    """Why the CUDA kernel does not run on this device, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "cpu" if device.type == "cpu" else "device"
+    if _capability(device) not in ARCHITECTURES:
+        return "no clusters"
+    return "no cuda" if _missing_for_cuda() else None
+
+
+@functools.cache
+def _missing_for_cuda() -> str | None:
+    return compiler.missing() or driver.missing()
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
@@ -211,94 +294,12 @@ def kernels_reach(x: Tensor) -> bool:
     return x.dtype in _DTYPES and unreached_on(x.device) is None
 
 
-def _refuse(forced: str) -> None:
-    if forced == "cuda":
-        raise OpsError(
-            "MMADAPT_OPS is 'cuda', and this version has kernels in Triton only",
-            "set it to 'triton' or 'reference', or unset it",
-        )
-    raise OpsError(
-        f"MMADAPT_OPS is {forced!r}, expected {', '.join(PATHS)} or nothing",
-        "set it before mmadapt is imported, or unset it",
-    )
-
-
 @functools.cache
-def _say_once(why: str) -> None:
-    warnings.warn(f"the reference computes a bottleneck: {why}", UserWarning, stacklevel=2)
+def _say_once(path: str, why: str) -> None:
+    computes = "Triton computes" if path == "triton" else "the reference computes"
+    warnings.warn(f"{computes} a bottleneck: {why}", UserWarning, stacklevel=2)
 
 
-def _name(dtype: torch.dtype) -> str:
+def name(dtype: torch.dtype) -> str:
+    """As torch says it, without its own name in front."""
     return str(dtype).removeprefix("torch.")
-
-
-# -- showing it ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which path a bottleneck takes and why; a table in a notebook, lines elsewhere."""
-
-    path: str
-    why: str
-    facts: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        width = max(map(len, self.facts))
-        lines = [f"  {name.ljust(width)}  {value}" for name, value in self.facts.items()]
-        return "\n".join([f"{self.path}: {self.why}", *lines])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-            for name, value in self.facts.items()
-        )
-        said = f"<b>{html.escape(self.path)}</b>: {html.escape(self.why)}"
-        return f"<div>{said}</div><table>{rows}</table>"
-
-
-def explain(
-    tokens: int,
-    channels: int,
-    width: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    norm: bool = False,
-    activation: str = "gelu",
-    training: bool = True,
-    channels_in: int | None = None,
-) -> Explanation:
-    """Which path a bottleneck of `channels` → `width` → `channels` over `tokens` takes, and why.
-
-    `dtype` is that of the hidden states. `channels_in` differs where a parallel bottleneck reads
-    other channels than it writes.
-    """
-    place = torch.device(device)
-    case = Case(
-        tokens=tokens,
-        channels_in=channels_in or channels,
-        channels=channels,
-        width=width,
-        dtype=dtype,
-        operands=dtype,
-        device=place,
-        norm=norm,
-        activation=activation,
-        training=training,
-    )
-    choice, unfit, limits = choose(case), _unfit(case), thresholds_on(place)
-    moved = tokens * (case.channels_in + channels) * dtype.itemsize
-    work = 2 * tokens * width * (case.channels_in + channels)
-    facts = {
-        "x": f"{_name(dtype)}[{tokens:,}, {case.channels_in:,}] on {place}",
-        "bottleneck": f"{case.channels_in:,} → {width} → {channels:,}, {activation}"
-        + (", norm" if norm else ""),
-        "forced": FORCED or "no",
-        "kernels here": REASONS[unfit](case) if unfit else "fit",
-        "thresholds": limits.measured if limits else "unmeasured on this device",
-        "forward": f"{moved / 1e6:.1f} MB at least, {work / 1e9:.2g} GFLOP",
-    }
-    return Explanation(choice.path, choice.why(case), facts)

@@ -2,7 +2,8 @@
 
 `mmadapt::bottleneck` and `mmadapt::bottleneck_backward` know nothing of autograd: `Fused` stands
 around them, which costs a fraction of an operator's own registration. Kernels compute them where
-Triton reaches, `plain` elsewhere. Kept for backward are x, the parameters, and two numbers a row.
+Triton reaches, or CUDA where it was chosen, `plain` elsewhere. Kept for backward are x, the
+parameters, and two numbers a row.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ library.define(
 
 def _forward(residual: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     parameters, ids, spec, operands = _sorted(arguments)
+    cluster = _cluster(residual, x, parameters, ids, spec, operands)
     with _plainly(x):
-        y, statistics = _backend(x).forward(
-            None if residual is None else _rows(residual),
-            _rows(x),
-            fold(parameters, operands),
-            spec,
-            ids,
-        )
+        added, rows = None if residual is None else _rows(residual), _rows(x)
+        folded = fold(parameters, operands)
+        if cluster:
+            launch: Any = importlib.import_module("mmadapt.kernels.cuda.launch")
+            y, statistics = launch.forward(added, rows, folded, spec, cluster)
+        else:
+            y, statistics = _backend(x).forward(added, rows, folded, spec, ids)
     return y.view(*x.shape[:-1], y.shape[-1]), statistics
 
 
@@ -84,6 +86,32 @@ def _backend(x: Tensor) -> Any:
     if x.numel() and choice.kernels_reach(x):
         return importlib.import_module("mmadapt.kernels.launch")
     return plain
+
+
+def _cluster(
+    residual: Tensor | None,
+    x: Tensor,
+    parameters: Parameters,
+    ids: Tensor | None,
+    spec: Spec,
+    operands: torch.dtype,
+) -> int:
+    """Blocks of a cluster for the CUDA forward pass, 0 where another path computes it."""
+    return choice.cluster_for(
+        choice.Case(
+            tokens=x.numel() // max(1, x.shape[-1]),
+            channels_in=x.shape[-1],
+            channels=parameters.up.shape[1],
+            width=parameters.up.shape[2],
+            dtype=x.dtype,
+            operands=operands,
+            device=x.device,
+            norm=spec.norm,
+            activation=spec.activation,
+            mixed=ids is not None,
+            residual=None if residual is None else residual.dtype,
+        )
+    )
 
 
 def _plainly(x: Tensor) -> Any:

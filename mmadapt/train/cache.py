@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +15,12 @@ from typing import TYPE_CHECKING, Any
 from mmadapt.core.attached import require_bank
 from mmadapt.core.backbone import unwrap_model
 from mmadapt.errors import AttachError
+from mmadapt.folders import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmadapt.train.prefix import PrefixCache
-
-
-def cache_folder() -> Path:
-    """Where mmadapt keeps what it can make again: $MMADAPT_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("MMADAPT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmadapt"
 
 
 def weights_digest(m: Any) -> str:

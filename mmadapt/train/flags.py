@@ -16,7 +16,8 @@ class train_mode:
 
     Acts when called; as a context manager it gives the flags back, and meanwhile holds them against
     loops that call `model.train()` before each step, as transformers' Trainer does. `model.eval()`
-    is respected. A model without attachments is put into train mode whole.
+    is respected. A model without attachments is put into train mode whole. Layers of transformers that
+    were told to recompute in backward do so, although they evaluate.
 
         with mm.train_mode(model):
             trainer.train()
@@ -30,6 +31,7 @@ class train_mode:
 
     def _set(self) -> None:
         from mmadapt.core.bank import bank_of
+        from mmadapt.train.recompute import recompute
 
         bank = bank_of(self._model)
         if bank is None:
@@ -37,6 +39,7 @@ class train_mode:
             return
         self._model.eval()
         bank.train_only(bank.active.names)
+        recompute(self._model)
 
     def _hold(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training:  # only model.train() puts an adapted root into train mode
@@ -55,8 +58,11 @@ class train_mode:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        from mmadapt.train.recompute import as_before
+
         if self._handle is not None:
             self._handle.remove()
+        as_before(self._model)
         for module, training in self._before:
             module.training = training
 

@@ -40,8 +40,10 @@ def out_of_memory(
         )
     if autocast is None:
         ways.append("autocast=torch.bfloat16 halves most of it")
-    if hasattr(model, "gradient_checkpointing_enable"):
-        ways.append("model.gradient_checkpointing_enable() trades it for time")
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new and old
+    asked = next((name for name in names if hasattr(model, name)), None)
+    if asked:
+        ways.append(f"model.{asked}() trades it for time")
     bank = bank_of(model)
     acting = [name for name, hook in bank.hooks.items() if hook.plan] if bank else []
     if len(acting) > 1:

@@ -23,13 +23,14 @@ def in_notebook() -> bool:
 class Progress:
     """Counts steps towards `total`; `update(n, text, curve)` at most four times a second.
 
-    With `show=False` it counts and shows nothing.
+    With `show=False` it counts and shows nothing; with `unit="B"` it counts bytes and shows megabytes.
     """
 
-    def __init__(self, label: str, total: int, show: bool = True) -> None:
+    def __init__(self, label: str, total: int, show: bool = True, unit: str = "it") -> None:
         self.label = label
         self.total = total
         self.show = show
+        self.unit = unit
         self.done = 0
         self._text = ""
         self._curve: Sequence[float] = ()
@@ -42,7 +43,14 @@ class Progress:
         if self.show and not in_notebook():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, desc=self.label, leave=False, mininterval=0.25)
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.label,
+                leave=False,
+                mininterval=0.25,
+                unit=self.unit,
+                unit_scale=self.unit == "B",
+            )
         return self
 
     def update(self, done: int, text: str = "", curve: Sequence[float] = ()) -> None:
@@ -74,11 +82,17 @@ class Progress:
         elif self.show:
             self._draw(final=True)
 
+    def _count(self) -> str:
+        if self.unit != "B":
+            return f"{self.done}/{self.total}"
+        done, total = f"{self.done / 1e6:.1f}", f"{self.total / 1e6:.1f}"
+        return f"{total} MB" if done == total else f"{done} of {total} MB"
+
     def _draw(self, final: bool) -> None:
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
         self._last = time.monotonic()
-        text = f"{self.label}: {self.done}/{self.total}  {self._text}".rstrip()
+        text = f"{self.label}: {self._count()}  {self._text}".rstrip()
         text = "\n".join([text, *self._notes])
         bar = (
             ""

@@ -11,7 +11,8 @@ import numpy
 from mmadapt.errors import DataError, ZooError
 from mmadapt.tasks.audio.clip import Audio
 from mmadapt.tasks.audio.reading import soundfile_library
-from mmadapt.zoo.manifest import data_folder, entry
+from mmadapt.zoo.manifest import entry
+from mmadapt.zoo.obtain import get
 
 Speech = tuple[list[Audio], list[str]]
 
@@ -19,9 +20,9 @@ Speech = tuple[list[Audio], list[str]]
 def shipped(name: str = "tiny/ctc") -> dict[str, Speech]:
     """By set: clips, and what is said in them (CC0). Needs soundfile."""
     item = entry(name)
-    if not any(file["path"] == "clips.json" for file in item.files):
+    if not any(file.path == "clips.json" for file in item.files):
         raise ZooError(f"no clips come with {name}", '"tiny/ctc" has some')
-    return read(data_folder() / item.source["bundled"])
+    return read(get(item))
 
 
 def read(folder: Path) -> dict[str, Speech]:

@@ -7,6 +7,9 @@ image = sam.encode(pixels)                                # uint8 (H, W, 3)
 masks = sam.predict(image, points=[(120, 80)], labels=[1])
 history = mm.fit(model, (images, targets), loss=segment.PromptedLoss(), batch_size=2)
 
+study = segment.ImageSegmenter(model, pixels)             # mm.ui.segment(model, pixels) shows it
+study.click((120, 80))
+
 stack = sam.encode_stack(slices)                          # uint8 (D, H, W, 3), one click for all slices
 volume = sam.predict(stack, points=[(120, 80)], labels=[1]).masks
 print(segment.summary([segment.dice(p, t) for p, t in zip(predictions, truths)], miss=0.0))
@@ -28,8 +31,10 @@ from mmadapt.tasks.segment.metrics import (
     surface_dice,
 )
 from mmadapt.tasks.segment.model import decode, decoder_sites, embed
+from mmadapt.tasks.segment.numbers import Numbers, numbers_of
 from mmadapt.tasks.segment.prompts import Prompts, check_prompts
 from mmadapt.tasks.segment.segmenter import Encoded, Masks, Segmenter
+from mmadapt.tasks.segment.study import ImageSegmenter
 
 __all__ = [
     "PERCENTILES",
@@ -37,8 +42,10 @@ __all__ = [
     "AutoPrompted",
     "CoarseMask",
     "Encoded",
+    "ImageSegmenter",
     "Input",
     "Masks",
+    "Numbers",
     "PromptedLoss",
     "Prompts",
     "Segmenter",
@@ -60,6 +67,7 @@ __all__ = [
     "hausdorff",
     "input_of",
     "intensity_range",
+    "numbers_of",
     "overlay",
     "set_input",
     "shared_clicks",

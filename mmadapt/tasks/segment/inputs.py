@@ -108,6 +108,20 @@ def acting(m: Any) -> tuple[str, ...]:
     return tuple(bank.active.names) if bank is not None and bank.acting else ()
 
 
+def acting_state(m: Any) -> tuple[Any, ...]:
+    """What acts now and in which state: another one after a switch, a step of training or a load.
+
+    What was encoded under one state says nothing under another.
+    """
+    bank = bank_of(unwrap_model(m))
+    return tuple(
+        (name, id(tensor), tensor._version)
+        for name in acting(m)
+        for _, layer in bank.tensors_of(name)  # type: ignore[union-attr]
+        for tensor in layer.parameters()
+    )
+
+
 def same_window(one: Window, other: Window) -> bool:
     """Whether two windows mean the same range of values, whatever they are called."""
     return _meaning(one) == _meaning(other)

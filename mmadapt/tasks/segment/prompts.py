@@ -83,7 +83,13 @@ def per_slice(what: str, values: Any, axes: int, stacked: bool, count: int) -> l
 
 
 def _coordinates(values: Any, size: tuple[int, int], what: str, width: int) -> numpy.ndarray:
-    array = numpy.asarray(values, dtype=numpy.float64)
+    try:
+        array = numpy.asarray(values, dtype=numpy.float64)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"the {what}s are no numbers or have no common number of coordinates: {values!r}"[:200],
+            "each is (x, y) in the image's pixels",
+        ) from None
     if array.ndim != 2 or array.shape[1] != width or not len(array):
         order = "(N, 2), each (x, y)" if width == 2 else "(x1, y1, x2, y2)"
         raise DataError(f"the {what}s are of shape {array.shape}, expected {order}")

@@ -16,7 +16,7 @@ from mmadapt.adapter import ThreeDSAM
 from mmadapt.core.backbone import unwrap
 from mmadapt.core.bank import bank_of
 from mmadapt.errors import BackboneError, DataError
-from mmadapt.tasks.segment.inputs import acting, input_of
+from mmadapt.tasks.segment.inputs import acting, acting_state, input_of
 from mmadapt.tasks.segment.segmenter import DEVIATION, MEAN
 
 #: encoded windows that are kept for the next click
@@ -73,7 +73,8 @@ def foreground(logits: Tensor) -> Tensor:
 class ClickedVolumes:
     """A network for `predict_at`: windows (1, 1, d, h, w) of 0 to 1, clicks and labels to logits.
 
-    Each window is encoded once; the `KEPT` last ones are remembered until other adapters act.
+    Each window is encoded once; the `KEPT` last ones are remembered until other adapters act, or are
+    trained.
     """
 
     def __init__(self, m: Any) -> None:
@@ -84,7 +85,7 @@ class ClickedVolumes:
                 "VolumeSegmenter.whole() segments all of the volume; or attach one with prompts=True",
             )
         self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
-        self._by = acting(self.model)
+        self._by = acting_state(self.model)
 
     def parameters(self) -> Any:
         return self.model.parameters()
@@ -98,11 +99,11 @@ class ClickedVolumes:
         return foreground(parts.decoder([*features[:-1], seen], pixels))
 
     def forget(self) -> None:
-        """Encode anew what comes: the adapter was trained on, for example."""
+        """Encode anew what comes."""
         self._kept.clear()
 
     def _encode(self, window: Tensor, pixels: Tensor, parts: Any) -> list[Tensor]:
-        now = acting(self.model)
+        now = acting_state(self.model)
         if now != self._by:
             self._kept.clear()
             self._by = now

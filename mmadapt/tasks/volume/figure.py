@@ -8,15 +8,12 @@ from typing import Any
 import numpy
 
 from mmadapt.errors import DataError
-from mmadapt.tasks.volume.grid import ENDS, nearest_axes
+from mmadapt.tasks.volume.planes import PLANES, Plane
 from mmadapt.tasks.volume.prompts import check_points
 from mmadapt.tasks.volume.volume import Volume
 
 #: told apart by colour-blind readers too (Okabe and Ito), bright ones first
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
-
-#: name, what runs to the right, what runs upwards: the patient's right is on the picture's left
-PLANES = (("axial", "RL", "AP"), ("coronal", "RL", "SI"), ("sagittal", "AP", "SI"))
 
 
 def planes_figure(
@@ -39,7 +36,7 @@ def planes_figure(
 
     labels = None if mask is None else _labels(mask, volume)
     point = _point(volume, at, labels)
-    panels = [_Plane(volume, *plane) for plane in PLANES]
+    panels = [Plane(volume, *plane) for plane in PLANES]
     pictures = [panel.cut(volume.array, point) for panel in panels]
     seen = numpy.concatenate([picture.ravel() for picture in pictures])
     low, high = limits or (float(v) for v in numpy.percentile(seen, (0.5, 99.5)))
@@ -55,58 +52,12 @@ def planes_figure(
             _overlay(axes, panel.cut(labels[None], point), extent, alpha)
         _crosshair(axes, panel, point)
         _letters(axes, panel)
-        axes.set_title(_title(panel, volume, point), fontsize=9, pad=18)
+        axes.set_title(panel.title(point), fontsize=9, pad=18)
         axes.set_axis_off()
     figure.suptitle(f"{volume.name}   {volume.grid}", fontsize=9)
     if labels is not None and labels.any():
         _legend(figure, labels, names)
     return figure
-
-
-class _Plane:
-    """Which axes of the array a plane runs along, and which way round."""
-
-    def __init__(self, volume: Volume, name: str, right: str, up: str) -> None:
-        self.name = name
-        bodies = nearest_axes(volume.affine)[::-1]  # for z, y, x
-        letters = volume.orientation[::-1]  # where z, y, x lead
-        self.letters = (right, up)
-        self.across, self.along = (
-            next(i for i in range(3) if letters[i] in pair) for pair in (right, up)
-        )
-        self.through = 3 - self.across - self.along
-        self.body = bodies[self.through]
-        # the first letter stands at the left, and at the top
-        self.flip_across = letters[self.across] == right[0]
-        self.flip_along = letters[self.along] == up[1]
-        self.size = volume.size[self.across], volume.size[self.along]
-        self.step = volume.spacing[self.across], volume.spacing[self.along]
-        self.width, self.height = (n * s for n, s in zip(self.size, self.step, strict=True))
-
-    def cut(self, values: Any, point: tuple[int, int, int]) -> numpy.ndarray:
-        """The slice of the first channel as rows from the bottom upwards; nothing else is read."""
-        index: list[Any] = [0, slice(None), slice(None), slice(None)]
-        index[1 + self.through] = point[self.through]
-        picture = numpy.asarray(values[tuple(index)])
-        if self.along > self.across:
-            picture = picture.T
-        if self.flip_along:
-            picture = picture[::-1]
-        return picture[:, ::-1] if self.flip_across else picture
-
-    def place(self, point: tuple[int, int, int]) -> tuple[float, float]:
-        """Where a voxel's middle lies in the picture, mm from its left lower corner."""
-        x, y = point[self.across] + 0.5, point[self.along] + 0.5
-        x = self.size[0] - x if self.flip_across else x
-        y = self.size[1] - y if self.flip_along else y
-        return x * self.step[0], y * self.step[1]
-
-
-def _title(panel: _Plane, volume: Volume, point: tuple[int, int, int]) -> str:
-    mm = volume.grid.to_mm(point)[0][panel.body]
-    letter = ENDS[panel.body][int(mm >= 0)]
-    axis, last = panel.through, volume.size[panel.through] - 1
-    return f"{panel.name}   {'zyx'[axis]} = {point[axis]} of 0–{last}   {letter} {abs(mm):.1f} mm"
 
 
 def _overlay(axes: Any, labels: numpy.ndarray, extent: Any, alpha: float) -> None:
@@ -131,7 +82,7 @@ def _overlay(axes: Any, labels: numpy.ndarray, extent: Any, alpha: float) -> Non
         axes.contour(xs, ys, fine, levels=[0.5], colors=colour, linewidths=1.2)
 
 
-def _crosshair(axes: Any, panel: _Plane, point: tuple[int, int, int]) -> None:
+def _crosshair(axes: Any, panel: Plane, point: tuple[int, int, int]) -> None:
     from matplotlib.patheffects import withStroke
 
     x, y = panel.place(point)
@@ -148,7 +99,7 @@ def _crosshair(axes: Any, panel: _Plane, point: tuple[int, int, int]) -> None:
     axes.set_ylim(0, panel.height)
 
 
-def _letters(axes: Any, panel: _Plane) -> None:
+def _letters(axes: Any, panel: Plane) -> None:
     (left, right), (top, bottom) = panel.letters
     for at, letter, offset, across, upwards in (
         ((0, 0.5), left, (-4, 0), "right", "center"),

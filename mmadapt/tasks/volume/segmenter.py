@@ -44,6 +44,7 @@ class VolumeSegmenter:
         self.points: list[tuple[float, float, float]] = []
         self.labels: list[int] = []
         self.mask: numpy.ndarray = numpy.zeros(volume.size, bool)
+        self._steps: list[tuple[list[Any], list[int]]] = []
         self._clicked: ClickedVolumes | None = None
 
     def click(self, point: Any, label: int = 1) -> numpy.ndarray:
@@ -51,13 +52,26 @@ class VolumeSegmenter:
 
         The model gets all clicks so far. One that is refused is not kept.
         """
-        if self._clicked is None:
-            self._clicked = ClickedVolumes(self.model)
-        points, labels = [*self.points, tuple(point)], [*self.labels, label]
-        logits = predict_at(self.volume, self._clicked, self.window, points, labels)
-        self.points, self.labels = points, labels
-        self.mask = logits[0] > 0
-        return self.mask
+        return self.ask([*self.points, tuple(point)], [*self.labels, label])
+
+    def ask(self, points: Sequence[Any] = (), labels: Sequence[int] | None = None) -> numpy.ndarray:
+        """Put these clicks in the place of all others; the mask. Labels are 1 where none are given."""
+        at = [tuple(point) for point in points]
+        kinds = [1] * len(at) if labels is None else list(labels)
+        mask = numpy.zeros(self.volume.size, bool)
+        if at or kinds:
+            if self._clicked is None:
+                self._clicked = ClickedVolumes(self.model)
+            mask = predict_at(self.volume, self._clicked, self.window, at, kinds)[0] > 0
+        self._steps.append((self.points, self.labels))
+        self.points, self.labels, self.mask = at, kinds, mask
+        return mask
+
+    def undo(self) -> None:
+        """Take back the last click, and answer the others anew; nothing where there was none."""
+        if self._steps:
+            self.ask(*self._steps[-1])
+            del self._steps[-2:]
 
     def box(self, box: Any) -> None:
         """Refused: this method was published with clicks alone."""
@@ -89,7 +103,7 @@ class VolumeSegmenter:
         return self.volume.back(self.mask)
 
     def forget(self) -> None:
-        """Take back every click, and encode anew what comes."""
+        """Take back every click; encoded windows stay."""
         self.points, self.labels = [], []
+        self._steps.clear()
         self.mask = numpy.zeros(self.volume.size, bool)
-        self._clicked = None

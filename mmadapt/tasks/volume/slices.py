@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -12,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapt.errors import DataError
-from mmadapt.tasks.segment.inputs import acting, input_of
-from mmadapt.tasks.segment.model import looks_along_depth
-from mmadapt.tasks.segment.segmenter import Encoded, Segmenter
+from mmadapt.tasks.segment.segmenter import Segmenter
+from mmadapt.tasks.volume.encoded import EncodedSlices
 from mmadapt.tasks.volume.prompts import (
     Box,
+    Point,
     check_box,
     check_mask,
     check_points,
@@ -26,10 +28,8 @@ from mmadapt.tasks.volume.prompts import (
 from mmadapt.tasks.volume.trained import as_trained
 from mmadapt.tasks.volume.volume import Volume
 
-#: encoded slices that are kept for the next click
-KEPT = 64
-#: slices encoded together for adapters that look along the depth and do not say how many they saw
-TOGETHER = 12
+#: steps that can be taken back
+STEPS = 50
 
 
 @dataclass
@@ -39,6 +39,17 @@ class _Asked:
     points: list[tuple[float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
+
+    def copy(self) -> _Asked:
+        return replace(self, points=list(self.points), labels=list(self.labels))
+
+
+@dataclass
+class _Before:
+    """The study before one step: its prompts, and of the slices that may change what they held."""
+
+    prompts: tuple[list[Point], list[int], list[Box]]
+    slices: dict[int, tuple[_Asked | None, numpy.ndarray, Tensor | None]]
 
 
 class SliceSegmenter:
@@ -50,14 +61,13 @@ class SliceSegmenter:
         study.propagate()                       # both ways, until the object ends
         study.click((44, 130, 90), label=0)     # beside it: this slice is corrected
         study.propagate()                       # and its neighbours follow
+        study.undo()                            # the last step never was
         save_mask("liver.nii.gz", study.mask, ct)
 
-    A slice is encoded once, the `KEPT` last ones are remembered. For adapters that look along the
-    depth slices are encoded in stacks of as many as they were trained with (`segment.set_input(model,
-    depth=…)`, else `TOGETHER`), each stack beginning in the middle of the one before, and a slice is
-    taken from the stack in which it has most neighbours. The volume has one channel of 0 to 1, as
+    A slice is encoded once (`EncodedSlices`). The volume has one channel of 0 to 1, as
     `Volume.window` gives, or the scanner's values where the adapters say what window they were trained
-    with. Slices along another axis: `volume.oriented("SAR")` and the like.
+    with. Slices along another axis: `volume.oriented("SAR")` and the like. `points` with their `labels`
+    and `boxes` are what was asked so far, in the original image. A step that is refused changes nothing.
     """
 
     def __init__(self, model: Any, volume: Volume) -> None:
@@ -66,10 +76,13 @@ class SliceSegmenter:
         if len(volume.array) != 1:
             raise DataError(f"{volume.name} has {len(volume.array)} channels, expected one")
         self.mask = numpy.zeros(volume.size, bool)
+        self.points: list[Point] = []
+        self.labels: list[int] = []
+        self.boxes: list[Box] = []
+        self._steps: deque[_Before] = deque(maxlen=STEPS)
         self._asked: dict[int, _Asked] = {}
         self._low: dict[int, Tensor] = {}
-        self._encoded: OrderedDict[int, Encoded] = OrderedDict()
-        self._by = acting(self.segmenter.model)  # the adapters that encoded them
+        self._encoded = EncodedSlices(self.segmenter, self.volume)
 
     @property
     def prompted(self) -> list[int]:
@@ -82,31 +95,40 @@ class SliceSegmenter:
         The model gets all clicks on that slice, and what it or the propagation answered there before.
         """
         found, kinds = check_points(point, [label], self.volume.original)
-        z, y, x = moved_points(found, self.volume.original, self.volume.grid)[0]
-        place = self._slice(z)
-        height, width = self.volume.size[1:]
-        if not (-0.5 <= y <= height - 0.5 and -0.5 <= x <= width - 0.5):
-            raise DataError(
-                f"the click lies at ({z:.1f}, {y:.1f}, {x:.1f}), outside of the part of "
-                f"{self.volume.size} voxels that was kept",
-                "crop less",
-            )
-        asked = self._asked.setdefault(place, _Asked())
-        asked.points.append((float(x.clip(0, width - 1)), float(y.clip(0, height - 1))))
-        asked.labels.append(int(kinds[0]))
-        return self._answer(place)
+        place, at = self._on_slice(found)
+        with self._step([place]):
+            self._click(place, at, found, int(kinds[0]))
+        return self.mask[place]
 
     def box(self, box: Any) -> None:
         """A box (z1, y1, x1, z2, y2, x2) in the original image: each slice in it is asked for."""
-        own = moved_box(
-            check_box(box, self.volume.original), self.volume.original, self.volume.grid
-        )
-        around = _around(own, self.volume.size)
-        for place in range(
-            self._slice(own.z1), max(self._slice(own.z2 - 1), self._slice(own.z1)) + 1
-        ):
-            self._asked.setdefault(place, _Asked()).box = around
-            self._answer(place)
+        found = check_box(box, self.volume.original)
+        with self._step(self._slices_of(found)):
+            self._box(found)
+
+    def ask(
+        self, points: Sequence[Any] = (), labels: Sequence[int] | None = None, boxes: Any = ()
+    ) -> numpy.ndarray:
+        """Put these prompts in the place of all others, of drawings too; the mask, bool.
+
+        Labels are 1 where none are given. The other slices are empty until `propagate`.
+        """
+        grid, clicks = self.volume.original, []
+        if len(points) or labels:
+            kinds = [1] * len(points) if labels is None else labels
+            found, given = check_points(points, kinds, grid)
+            clicks = [(*self._on_slice(p[None]), p[None], int(k)) for p, k in zip(found, given, strict=True)]  # fmt: skip
+        around = [check_box(box, grid) for box in boxes]
+        with self._step(range(len(self.mask))):
+            self.points, self.labels, self.boxes = [], [], []
+            self._asked.clear()
+            self._low.clear()
+            self.mask[:] = False
+            for own in around:
+                self._box(own)
+            for click in clicks:
+                self._click(*click)
+        return self.mask
 
     def draw(self, mask: Any) -> None:
         """A mask bool (D, H, W) on the original grid: its slices are taken as they were drawn.
@@ -120,10 +142,11 @@ class SliceSegmenter:
                 "the mask holds no voxel of this volume",
                 "draw on a slice of the part that was kept",
             )
-        for place in map(int, drawn):
-            self._asked.setdefault(place, _Asked())
-            self.mask[place] = own[place]
-            self._low[place] = self._as_low(own[place])
+        with self._step(map(int, drawn)):
+            for place in map(int, drawn):
+                self._asked.setdefault(place, _Asked())
+                self.mask[place] = own[place]
+                self._low[place] = self._as_low(own[place])
 
     def propagate(self, reach: int | None = None, margin: int = 1) -> numpy.ndarray:
         """Carry the answers to the slices between and beyond the prompted ones; the mask, bool.
@@ -136,25 +159,94 @@ class SliceSegmenter:
             raise DataError(
                 "no slice has a prompt yet", "click((z, y, x)), box(…) or draw(mask) first"
             )
-        kept = {place: self.mask[place].copy() for place in self._asked}
-        self.mask[:] = False
-        self._low = {place: low for place, low in self._low.items() if place in kept}
-        for place, own in kept.items():
-            self.mask[place] = own
-        for place in kept:
-            for direction in (-1, 1):
-                self._walk(place, direction, self._reach(place, direction, reach), margin)
+        with self._step(range(len(self.mask))):
+            others = [place for place in range(len(self.mask)) if place not in self._asked]
+            self.mask[others] = False
+            self._low = {place: low for place, low in self._low.items() if place in self._asked}
+            for place in self._asked:
+                for direction in (-1, 1):
+                    self._walk(place, direction, self._reach(place, direction, reach), margin)
         return self.mask
 
     def on_original(self) -> numpy.ndarray:
         """The mask, bool (D, H, W), on the original grid."""
         return self.volume.back(self.mask)
 
+    def undo(self) -> None:
+        """Take back the last click, box, drawing or propagation; nothing where there was none."""
+        if self._steps:
+            self._restore(self._steps.pop())
+
     def forget(self) -> None:
         """Take back every prompt; encoded slices stay."""
+        self.points, self.labels, self.boxes = [], [], []
+        self._steps.clear()
         self._asked.clear()
         self._low.clear()
         self.mask[:] = False
+
+    def _on_slice(self, point: numpy.ndarray) -> tuple[int, tuple[float, float]]:
+        """The slice of a point (1, 3) of the original image, and (x, y) there."""
+        z, y, x = moved_points(point, self.volume.original, self.volume.grid)[0]
+        height, width = self.volume.size[1:]
+        if not (-0.5 <= y <= height - 0.5 and -0.5 <= x <= width - 0.5):
+            raise DataError(
+                f"the click lies at ({z:.1f}, {y:.1f}, {x:.1f}), outside of the part of "
+                f"{self.volume.size} voxels that was kept",
+                "crop less",
+            )
+        return self._slice(z), (float(x.clip(0, width - 1)), float(y.clip(0, height - 1)))
+
+    def _click(self, place: int, at: tuple[float, float], point: numpy.ndarray, label: int) -> None:
+        self.points.append(Point(*map(float, point[0])))
+        self.labels.append(label)
+        asked = self._asked.setdefault(place, _Asked())
+        asked.points.append(at)
+        asked.labels.append(label)
+        self._answer(place)
+
+    def _slices_of(self, box: Box) -> range:
+        own = moved_box(box, self.volume.original, self.volume.grid)
+        first = self._slice(own.z1)
+        return range(first, max(self._slice(own.z2 - 1), first) + 1)
+
+    def _box(self, box: Box) -> None:
+        """One box for the slices it reaches, in the place of another of the same slices."""
+        self.boxes = [kept for kept in self.boxes if kept[::3] != box[::3]] + [box]
+        own = moved_box(box, self.volume.original, self.volume.grid)
+        for place in self._slices_of(box):
+            self._asked.setdefault(place, _Asked()).box = _around(own, self.volume.size)
+            self._answer(place)
+
+    @contextmanager
+    def _step(self, places: Iterable[int]) -> Iterator[None]:
+        """Something done to these slices, which is taken back if it fails, and by `undo`."""
+        slices = {
+            place: (
+                self._asked[place].copy() if place in self._asked else None,
+                numpy.packbits(self.mask[place]),
+                self._low.get(place),
+            )
+            for place in places
+        }
+        before = _Before((list(self.points), list(self.labels), list(self.boxes)), slices)
+        try:
+            yield
+        except BaseException:
+            self._restore(before)
+            raise
+        self._steps.append(before)
+
+    def _restore(self, before: _Before) -> None:
+        self.points, self.labels, self.boxes = before.prompts
+        shape = self.mask.shape[1:]
+        for place, (asked, bits, low) in before.slices.items():
+            self.mask[place] = numpy.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape)
+            for kept, value in ((self._asked, asked), (self._low, low)):
+                if value is None:
+                    kept.pop(place, None)
+                else:
+                    kept[place] = value  # type: ignore[index]
 
     def _reach(self, place: int, direction: int, reach: int | None) -> int:
         """How many slices a walk may go."""
@@ -175,7 +267,7 @@ class SliceSegmenter:
             box = Box(0, rows[0] - margin, columns[0] - margin, 1, rows[-1] + 1 + margin, columns[-1] + 1 + margin)  # fmt: skip
             self._take(place, box=_around(box, self.volume.size))
 
-    def _answer(self, place: int) -> numpy.ndarray:
+    def _answer(self, place: int) -> None:
         asked = self._asked[place]
         self._take(
             place,
@@ -184,10 +276,9 @@ class SliceSegmenter:
             box=asked.box,
             mask=self._low.get(place),
         )
-        return self.mask[place]
 
     def _take(self, place: int, **prompt: Any) -> None:
-        answer = self.segmenter.predict(self._encode(place), **prompt)
+        answer = self.segmenter.predict(self._encoded.of(place), **prompt)
         self.mask[place] = answer.masks[0].cpu().numpy()
         self._low[place] = answer.low[0]
 
@@ -199,43 +290,6 @@ class SliceSegmenter:
         small = F.interpolate(drawn, (height, width), mode="bilinear", antialias=True)
         return F.pad(small, (0, side - width, 0, side - height), value=-10.0)[0, 0]
 
-    def _encode(self, place: int) -> Encoded:
-        now = acting(self.segmenter.model)
-        if now != self._by:  # switched since: what others encoded means nothing to these
-            self._encoded.clear()
-            self._by = now
-        if place not in self._encoded:
-            if looks_along_depth(self.segmenter.model):
-                self._encode_stack(place)
-            else:
-                self._encoded[place] = self.segmenter.encode(self._grey(place), grey=True)
-        self._encoded.move_to_end(place)
-        while len(self._encoded) > KEPT:
-            self._encoded.popitem(last=False)
-        return self._encoded[place]
-
-    def _encode_stack(self, place: int) -> None:
-        """Encode the stack of `place`, and remember the slices that belong to that stack."""
-        depth = self.volume.size[0]
-        length = min(depth, input_of(self.segmenter.model).depth or TOGETHER)
-        start = _stack_of(place, depth, length)
-        slices = numpy.stack([self._grey(z) for z in range(start, start + length)])
-        stack = self.segmenter.encode_stack(slices, grey=True)
-        for z, own in enumerate(stack.embedding.split(1), start):
-            if _stack_of(z, depth, length) == start:
-                self._encoded[z] = Encoded(own, stack.size, stack.resized)
-
-    def _grey(self, place: int) -> numpy.ndarray:
-        values = numpy.asarray(self.volume.array[0, place])
-        if values.min() < 0 or values.max() > 1:
-            raise DataError(
-                f"{self.volume.name} holds values from {values.min():g} to {values.max():g} in "
-                f"slice {place}, expected 0 to 1",
-                'bring a range of values there first: volume.window("ct abdomen"), "mr", or two '
-                "numbers",
-            )
-        return numpy.rint(values * 255).astype(numpy.uint8)
-
     def _slice(self, z: float) -> int:
         return int(numpy.clip(numpy.floor(z + 0.5), 0, self.volume.size[0] - 1))
 
@@ -246,12 +300,6 @@ def _largest_part(mask: numpy.ndarray) -> numpy.ndarray:
 
     marked, count = label(mask)  # type: ignore[misc]
     return mask if count < 2 else marked == numpy.bincount(marked.ravel())[1:].argmax() + 1
-
-
-def _stack_of(place: int, depth: int, length: int) -> int:
-    """Where the stack of `length` slices begins in which slice `place` is nearest to the middle."""
-    starts = [*range(0, depth - length, max(1, length // 2)), depth - length]
-    return min(starts, key=lambda start: abs(start + (length - 1) / 2 - place))
 
 
 def _around(box: Box, size: tuple[int, int, int]) -> tuple[float, float, float, float]:
