@@ -3,8 +3,9 @@
     python benchmarks/speech_shift.py [--write]
 
 Writes `speech_shift.json` beside itself and puts the tables into docs/speech.md. What the file already
-holds is not run again; delete it to start over. One CPU thread. espeak-ng says the clips, which are
-kept in build/.
+holds is not run again; delete it to start over. A method that was given another rate since
+(`speech_rates.py` chooses them) is run again, and what it did at the old one stays in a table of its own. One
+CPU thread. espeak-ng says the clips, which are kept in build/.
 """
 
 from __future__ import annotations
@@ -34,11 +35,8 @@ PAGE = HERE.parent / "docs" / "speech.md"
 WORK = HERE.parent / "build" / "spoken_digits"
 BACKBONE = "tiny/ctc"
 SEEDS = (0, 1, 2)
-SHIFTS = {
-    "whisper": "whispered",
-    "german": "English read by a German voice",
-}
-#: a synthesiser of another kind, "timbre", leaves too little to gain: see the backbone's own table
+#: what each is stands in `spoken_digits.SPEAKERS`
+SHIFTS = ("whisper", "german", "spanish", "timbre")
 SETTINGS = {"train": 300, "test": 150, "source": 150, "steps": 200, "batch": 8}
 
 
@@ -55,11 +53,16 @@ def measured(listen: asr.Recogniser, name: str, count: int) -> dict[str, Any]:
     }
 
 
+def rate(method: str) -> float | None:
+    """The peak learning rate of a method; the frozen backbone has none."""
+    return METHODS[method].rate if method in METHODS else None
+
+
 def measure(shift: str, method: str, seed: int) -> dict[str, Any]:
     """One row."""
     backbone = mm.load(BACKBONE)
     listen = asr.Recogniser(backbone)
-    row: dict[str, Any] = {"shift": shift, "method": method, "seed": seed}
+    row: dict[str, Any] = {"shift": shift, "method": method, "seed": seed, "rate": rate(method)}
     if method == "frozen":
         row |= {"parameters": 0, "seconds": 0.0}
     else:
@@ -101,7 +104,7 @@ def run() -> dict[str, Any]:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else context
     if known["weights"] != context["weights"] or known["settings"] != SETTINGS:
         raise SystemExit(f"{RESULTS} is of other weights or settings; delete it to start over")
-    done = {(row["shift"], row["method"], row["seed"]) for row in known["rows"]}
+    done = {(row["shift"], row["method"], row["seed"]) for row in current(known)}
     for job in jobs():
         if job in done:
             continue
@@ -118,9 +121,14 @@ def run() -> dict[str, Any]:
     return known
 
 
+def current(known: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of methods at the rate they have now."""
+    return [row for row in known["rows"] if row["rate"] == rate(row["method"])]
+
+
 def finished(known: dict[str, Any], shift: str) -> list[int]:
     """The seeds with which every method was run."""
-    done = {(row["shift"], row["method"], row["seed"]) for row in known["rows"]}
+    done = {(row["shift"], row["method"], row["seed"]) for row in current(known)}
     return [s for s in SEEDS if all((shift, method, s) in done for method in METHODS)]
 
 
@@ -140,7 +148,7 @@ def table(known: dict[str, Any], shift: str) -> str:
         "| method | trained | WER % | CER % | known voices, WER % on / off | training, CPU s |",
         "|---|---|---|---|---|---|",
     ]
-    rows = [row for row in known["rows"] if row["shift"] == shift and row["seed"] in (0, *seeds)]
+    rows = [row for row in current(known) if row["shift"] == shift and row["seed"] in (0, *seeds)]
     for method in ("frozen", *METHODS):
         own = [row for row in rows if row["method"] == method]
         if method != "frozen":
@@ -167,6 +175,21 @@ def table(known: dict[str, Any], shift: str) -> str:
     return "\n".join(lines)
 
 
+def trade_table(known: dict[str, Any]) -> str:
+    """Markdown: methods that were run at several rates, on whispers and on known voices."""
+    lines = ["| method | peak rate | whispers, WER % | known voices, WER % |", "|---|---|---|---|"]
+    for method in METHODS:
+        own = [r for r in known["rows"] if (r["shift"], r["method"]) == ("whisper", method)]
+        rates = sorted({row["rate"] for row in own})
+        for one in rates if len(rates) > 1 else ():
+            rows = [row for row in own if row["rate"] == one]
+            target, source = (
+                spread([row[part]["wer"] for row in rows]) for part in ("target", "source_on")
+            )
+            lines.append(f"| {method} | {one:g} | {target} | {source} |")
+    return "\n".join(lines)
+
+
 def source_table(metrics: dict[str, Any]) -> str:
     """What the backbone's own recipe measured."""
     lines = ["| said by | clips | WER % | 95 % | CER % |", "|---|---|---|---|---|"]
@@ -183,6 +206,7 @@ def source_table(metrics: dict[str, Any]) -> str:
 def write(document: str, known: dict[str, Any]) -> str:
     """The document with its tables between their markers."""
     tables = {shift: table(known, shift) for shift in SHIFTS}
+    tables["trade"] = trade_table(known)
     tables["source"] = source_table(mm.zoo.entry(BACKBONE).metrics)
     return fill(document, tables)
 

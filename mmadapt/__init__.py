@@ -58,8 +58,9 @@ if TYPE_CHECKING:
     from mmadapt.core.merge import merge, unmerge
     from mmadapt.core.report import inspect, plan, sites
     from mmadapt.core.site import Span
-    from mmadapt.core.store import load_adapter, save
+    from mmadapt.core.store import save
     from mmadapt.errors import MmadaptError
+    from mmadapt.interop.loading import load_adapter
     from mmadapt.train.cache import cached_prefix
     from mmadapt.train.checkpoint import Checkpoint
     from mmadapt.train.evaluation import Evaluation
@@ -87,8 +88,9 @@ _HOMES = {
     "mmadapt.core.report": "inspect plan sites",
     "mmadapt.core.given": "context",
     "mmadapt.core.site": "Span",
-    "mmadapt.core.store": "load_adapter save",
+    "mmadapt.core.store": "save",
     "mmadapt.errors": "MmadaptError",
+    "mmadapt.interop.loading": "load_adapter",
     "mmadapt.train.cache": "cached_prefix",
     "mmadapt.train.checkpoint": "Checkpoint",
     "mmadapt.train.evaluation": "Evaluation",

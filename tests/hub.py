@@ -29,6 +29,9 @@ MODELS = re.compile(
 )
 #: what the hub keeps in large-file storage, whose digest its API tells
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".onnx", ".zip", ".gz", ".model")
+LARGE_FILES = re.compile(
+    r"/(?P<repo>[^/]+/[^/]+?)(?:\.git/info/lfs/objects/batch|/lfs/(?P<digest>[0-9a-f]{64}))"
+)
 BLOCK = 65536
 
 
@@ -132,6 +135,9 @@ class Hub(ThreadingHTTPServer):
     ) -> None:
         self.repos = {} if repos is None else repos
         self.plain: dict[str, bytes] = {}
+        #: how large files are to be sent: with the commit, or "lfs" before it
+        self.mode = "regular"
+        self.large: dict[str, bytes] = {}
         self.tokens, self.readers = tokens, readers
         self.faults = Faults()
         self.requests: list[Request] = []
@@ -177,6 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     # ---- answers
 
     def _answer(self) -> None:
@@ -206,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(path, hub.plain[path], {})
         if match := RESOLVE.fullmatch(path):
             return self._resolve(match, token)
+        if match := LARGE_FILES.fullmatch(path):
+            return self._large(match["repo"], match["digest"], token, body)
         if path.startswith("/api/"):
             return self._api(path, parse_qs(parts.query), token, body)
         self._send(404)
@@ -307,6 +318,22 @@ class _Handler(BaseHTTPRequestHandler):
         if end < len(content):
             self.close_connection = True
 
+    def _large(self, name: str, digest: str | None, token: str | None, body: bytes) -> None:
+        """Large-file storage: where to send a file, then the file itself, checked by its digest."""
+        hub = self.server
+        if digest is not None:
+            if hashlib.sha256(body).hexdigest() != digest:
+                return self._fail(400, "", "this is not the file that was announced")
+            hub.large[digest] = body
+            return self._send(200)
+        if token not in hub.tokens:
+            return self._fail(403 if token else 401, "", "you have no right to write here")
+        objects = [
+            {**one, "actions": {"upload": {"href": f"{hub.url}/{name}/lfs/{one['oid']}"}}}
+            for one in json.loads(body)["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": objects})
+
     # ---- the API
 
     def _api(self, path: str, query: dict[str, list[str]], token: str | None, body: bytes) -> None:
@@ -337,7 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "files": [
                         {
                             "path": file["path"],
-                            "uploadMode": "regular",
+                            "uploadMode": hub.mode if file["path"].endswith(LARGE) else "regular",
                             "shouldIgnore": False,
                             "oid": known.get(file["path"]),
                         }
@@ -372,6 +399,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = item["value"]
             if item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.server.large[value["oid"]]
             elif item["key"] == "deletedFile":
                 files.pop(value["path"], None)
             elif item["key"] != "header":

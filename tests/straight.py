@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 #: (layer index, y of the mlp, its input x, what norm1 returned) -> what leaves the mlp
 Branch = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -29,3 +30,12 @@ def vision(model: Any, pixels: Tensor, branch: Branch = bare) -> Tensor:
         x = x + branch(i, block.mlp.forward(norm2), norm2, norm1)
     pooled, _ = model._pool(x)
     return pooled @ model.proj
+
+
+def delta(layer: Any, z: Tensor) -> Tensor:
+    """What a gelu bottleneck adds."""
+    return F.gelu(z @ layer.down.T + layer.down_bias) @ layer.up.T + layer.up_bias
+
+
+def at_mlp(attachment: Any, index: int, adapter: int = 0) -> Any:
+    return attachment.layers[f"{adapter}/vision.layers[{index}].mlp:out"]

@@ -20,7 +20,7 @@ from handmade import (
     small,
 )
 from snapshot import assert_close, assert_equal, differ, flags, hook_tables, randomise, state
-from straight import vision
+from straight import at_mlp, delta, vision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -53,15 +53,6 @@ def third_party() -> Iterator[None]:
 def run(model: Any, rows: int = 3) -> Tensor:
     with torch.no_grad():
         return model(pixels(rows))
-
-
-def delta(layer: Any, z: Tensor) -> Tensor:
-    """What a gelu bottleneck adds."""
-    return F.gelu(z @ layer.down.T + layer.down_bias) @ layer.up.T + layer.up_bias
-
-
-def at_mlp(attachment: Any, index: int, adapter: int = 0) -> Any:
-    return attachment.layers[f"{adapter}/vision.layers[{index}].mlp:out"]
 
 
 def refused(model: nn.Module, kind: type[Exception], *args: Any, **kwargs: Any) -> str:

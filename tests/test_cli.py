@@ -91,6 +91,13 @@ def test_the_demo_of_speech_from_end_to_end(tmp_path):
     assert json.loads((out / "adapter" / "adapter.json").read_text())["metrics"]["clips"] == 40
 
 
+def test_too_few_or_too_many_whispers_are_refused_and_nothing_is_written(tmp_path, capsys):
+    for shots in ("0", "301"):
+        assert main(["demo", "asr", "--out", str(tmp_path / "out"), "--shots", shots]) == 1
+        assert f"shots is {shots}, expected 1 to 300 clips" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_demo_of_sounds_from_end_to_end(tmp_path):
     out = tmp_path / "out"
@@ -160,7 +167,7 @@ def test_the_demo_of_volumes_needs_nibabel_and_says_so_first(tmp_path, capsys, m
 @pytest.mark.parametrize("name", DEMOS)
 def test_verifying_something_else_is_explained(tmp_path, capsys, name):
     assert main(["demo", name, "--verify", str(tmp_path / "nothing")]) == 1
-    assert "no adapter folder at" in capsys.readouterr().err
+    assert "there is no adapter at" in capsys.readouterr().err
 
 
 @pytest.mark.slow

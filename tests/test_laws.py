@@ -425,7 +425,7 @@ def test_the_backbone_is_untouched_while_attached_and_trained(case: Case) -> Non
 
 
 @every_case
-def test_the_backbones_own_checkpoint_still_loads_strictly(case: Case) -> None:
+def test_a_checkpoint_of_the_bare_backbone_still_loads_strictly(case: Case) -> None:
     model, attachment = case.acting()
     drawn: dict[int, Tensor] = {}  # tied weights are equal in a checkpoint too
     checkpoint_of_the_backbone = {
@@ -510,7 +510,8 @@ def test_what_is_loaded_computes_and_saves_the_same(case: Case, tmp_path: Path) 
     assert loaded.adapter == case.adapter
     assert_equal(case.without_grad(fresh), case.without_grad(model))
     mm.save(fresh, tmp_path / "two")
-    assert sorted(_bytes(tmp_path / "one")) == ["adapter.json", "adapter.safetensors"]
+    names = ["README.md", "adapter.json", "adapter.safetensors"]
+    assert sorted(_bytes(tmp_path / "one")) == names
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
 
 
@@ -628,6 +629,26 @@ def test_two_attachments_coexist_and_switch_without_a_trace(case: Case) -> None:
     assert all(p.requires_grad for p in mm.attachments(model)["a"].parameters())
     second.detach()
     assert_equal(case.without_grad(model), alone[0])
+
+
+@first_at_home
+def test_a_weight_makes_a_part_of_the_change_or_is_refused(case: Case) -> None:
+    model, attachment = case.acting()
+    whole, bare = case.without_grad(model), case.without_grad(case.frozen())
+    for weight, expected in ((0.0, bare), (1.0, whole)):
+        mm.set_active(model, mm.Sum("default", weights=(weight,)))
+        assert_equal(case.without_grad(model), expected)
+    half = mm.Sum("default", weights=(0.5,))
+    around = any(site.endswith(":around") for site in attachment.sites)
+    if around or not all(layer.additive for layer in attachment.layers.values()):
+        with pytest.raises(mm.errors.AttachError, match=r"cannot have the weight 0\.5"):
+            mm.set_active(model, half)
+        assert mm.active(model) == mm.Sum("default")
+        return
+    mm.set_active(model, half)
+    part = case.without_grad(model)
+    assert differ(part, whole)
+    assert differ(part, bare)
 
 
 # -- copies -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def normalised(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("placement", ["sequential", "parallel"])
-@pytest.mark.parametrize("norm", ["none", "before", "after"])
+@pytest.mark.parametrize("norm", ["none", "before", "after", "both"])
 @pytest.mark.parametrize("kind", ["fixed", "learned", "channel"])
 def test_norms_and_scales_stand_where_the_formula_has_them(
     placement: Any, norm: Any, kind: Any
@@ -38,13 +38,15 @@ def test_norms_and_scales_stand_where_the_formula_has_them(
     def branch(i: int, y: Tensor, x: Tensor, norm1: Tensor) -> Tensor:
         layer = attachment.layers[f"0/vision.layers[{i}].mlp:out"]
         z = {"sequential": y, "parallel": x}[placement]
-        if norm == "before":
+        if norm in ("before", "both"):
             z = normalised(z, layer.norm_weight, layer.norm_bias)
         hidden = z @ layer.down.T + layer.down_bias
         scale = 0.7 if kind == "fixed" else layer.scale
         delta = scale * (hidden * (hidden > 0) @ layer.up.T + layer.up_bias)
         if norm == "after":
             delta = normalised(delta, layer.norm_weight, layer.norm_bias)
+        if norm == "both":
+            delta = normalised(delta, layer.after_weight, layer.after_bias)
         return y + delta
 
     with torch.no_grad():
@@ -53,7 +55,7 @@ def test_norms_and_scales_stand_where_the_formula_has_them(
         assert_close((model(pixels(3)),), (expected,), 2e-6)
     size = 2 * WIDTH * 4 + 4 + WIDTH
     size += {"fixed": 0, "learned": 1, "channel": WIDTH}[kind]
-    size += 0 if norm == "none" else 2 * WIDTH
+    size += {"none": 0, "both": 4 * WIDTH}.get(norm, 2 * WIDTH)
     assert attachment.num_parameters == LAYERS * size
 
 
@@ -315,3 +317,21 @@ def test_rows_with_adapters_of_their_own_are_dropped_alike() -> None:
     assert not changed[1::3].any()
     for kind in (changed[0::3], changed[2::3]):
         assert 0.2 < float(kind.float().mean()) < 0.8
+
+
+def test_joined_at_a_branch_reads_what_the_block_makes_of_it() -> None:
+    model: Any = VISION.fresh()
+    joined = randomise(
+        mm.attach(model, mm.Bottleneck(4, placement="joined", at="*.layers[*].mlp"), name="joined")
+    )
+    behind: Any = VISION.fresh()
+    sequential = mm.attach(behind, mm.Bottleneck(4, at="*.layers[*]"))
+    with torch.no_grad():
+        for i in range(LAYERS):
+            source = joined.layers[f"0/vision.layers[{i}].mlp:out"]
+            sequential.layers[f"0/vision.layers[{i}]:out"].load_state_dict(source.state_dict())
+        assert differ((model(pixels(3)),), (VISION.fresh()(pixels(3)),))
+        assert_close((model(pixels(3)),), (behind(pixels(3)),), 2e-6)
+        mm.attach(model, mm.Bottleneck(4, placement="joined"), name="second")
+        mm.set_active(model, "joined", "second")  # reads the backbone's branch, not the first's sum
+        assert_close((model(pixels(3)),), (behind(pixels(3)),), 2e-6)

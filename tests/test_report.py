@@ -11,7 +11,7 @@ from backbones import BACKBONES
 from snapshot import state
 
 import mmadapt as mm
-from mmadapt.core.table import Table, count, shape_of, text
+from mmadapt.core.table import Table, count, facts, shape_of, text
 from mmadapt.errors import SiteError
 
 
@@ -146,3 +146,41 @@ def test_tensors_print_as_kind_and_shape() -> None:
     assert shape_of(torch.zeros(8, 16)) == "f32[8,16]"
     assert shape_of(torch.zeros((), dtype=torch.bfloat16)) == "bf16[]"
     assert shape_of(torch.zeros(2, dtype=torch.uint8)) == "uint8[2]"
+
+
+# -- other values, rich and plain -----------------------------------------------------------------
+
+
+def test_a_backbone_is_a_table_of_facts() -> None:
+    clip = mm.load("tiny/clip")
+    shown = clip._repr_html_()
+    assert "Backbone(tiny/clip: clip" in shown
+    assert "preprocess, tokenize" in shown
+    assert "Apache-2.0" in shown
+    assert "attached" not in shown
+    mm.attach(clip, mm.Bottleneck(4), name="sketch")
+    assert "sketch; active: Sum(&#x27;sketch&#x27;)" in clip._repr_html_()
+
+
+def test_what_the_zoo_lists_is_rich_and_plain() -> None:
+    entries, entry = mm.zoo.list(), mm.zoo.entry("tiny/clip")
+    for shown in (repr(entries), entries._repr_html_(), repr(entry), entry._repr_html_()):
+        assert "tiny/clip" in shown
+        assert "Apache-2.0" in shown
+
+
+def test_a_long_table_leaves_out_its_middle() -> None:
+    table = Table(("site", "n"), [(f"layers[{i}]", i) for i in range(2000)])
+    for shown in (str(table), table._repr_html_()):
+        assert "layers[0]" in shown
+        assert "layers[1999]" in shown
+        assert "layers[1000]" not in shown
+        assert "1,900 rows are not shown; records() holds all 2,000" in shown
+    assert len(table.records()) == 2000
+    assert "not shown" not in str(Table(("n",), [(i,) for i in range(100)]))
+
+
+def test_facts_have_no_head_and_no_empty_rows() -> None:
+    table = facts("a thing", {"size": "3", "licence": "", "device": None})
+    assert str(table) == "a thing\nsize  3"
+    assert "<thead>" not in table._repr_html_()

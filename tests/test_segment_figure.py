@@ -12,8 +12,8 @@ import torch
 from matplotlib.colors import to_hex, to_rgb
 
 import mmadapt as mm
+from mmadapt.core.figure import TINTS
 from mmadapt.tasks import segment
-from mmadapt.tasks.segment.canvas import COLOURS
 
 Refused = mm.errors.DataError
 H, W = 12, 20
@@ -61,11 +61,11 @@ def test_a_mask_is_a_tint_where_it_is_and_an_outline_along_its_pixels() -> None:
     picture, *tints = axes.images
     assert numpy.array_equal(picture.get_array(), GREY)
     assert picture.get_clim() == (0, 255)
-    for tint, mask, colour in zip(tints, (ONE, OTHER), COLOURS, strict=False):
+    for tint, mask, colour in zip(tints, (ONE, OTHER), TINTS, strict=False):
         drawn = tint.get_array()
         assert numpy.array_equal(drawn[..., 3] > 0, mask)
         assert drawn[mask][0].tolist() == pytest.approx([*to_rgb(colour), 0.35])
-    for (colour, _, line), mask, wanted in zip(outlines(axes), (ONE, OTHER), COLOURS, strict=False):
+    for (colour, _, line), mask, wanted in zip(outlines(axes), (ONE, OTHER), TINTS, strict=False):
         assert colour == wanted.lower()
         rows, columns = mask.nonzero()
         assert line.min(0) == pytest.approx([columns.min() - 0.5, rows.min() - 0.5], abs=0.13)
@@ -168,7 +168,7 @@ def test_before_and_after_have_their_dice_and_the_truth_around_both() -> None:
             assert dashed[0].mean(0) == pytest.approx([columns.mean(), rows.mean()], abs=0.5)
     drawn = figure.axes[2].images[1].get_array()
     assert numpy.array_equal(drawn[..., 3] > 0, moved)
-    assert drawn[moved][0, :3].tolist() == pytest.approx(to_rgb(COLOURS[1]))
+    assert drawn[moved][0, :3].tolist() == pytest.approx(to_rgb(TINTS[1]))
     plain = segment.before_after([GREY], [ONE], [ONE], [ONE])
     assert plain.axes[0].get_title() == "truth"
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import mmadapt as mm
 from mmadapt.adapter import _REGISTRY, register_adapter
-from mmadapt.core import store
+from mmadapt.core import restore, store
+from mmadapt.core.card import CARD
 from mmadapt.core.store import MANIFEST, TENSORS
 from mmadapt.errors import AdapterFileError, AttachError, WrongBackboneError
 
@@ -106,7 +107,7 @@ def test_only_the_adapters_tensors_are_written(folder: Path) -> None:
     tensors = load_file(folder / TENSORS)
     assert set(tensors) == set(manifest_of(folder)["tensors"])
     assert sum(tensor.numel() for tensor in tensors.values()) == 4 * (2 * 16 * 4 + 4 + 16)
-    assert sorted(os.listdir(folder)) == [MANIFEST, TENSORS]
+    assert sorted(os.listdir(folder)) == [CARD, MANIFEST, TENSORS]
 
 
 def test_saving_over_an_older_adapter_replaces_both_files(folder: Path) -> None:
@@ -114,7 +115,7 @@ def test_saving_over_an_older_adapter_replaces_both_files(folder: Path) -> None:
     randomise(mm.attach(model, mm.LoRA(2), name="other"))
     expected = outputs(model)
     assert mm.save(model, folder) == folder
-    assert sorted(os.listdir(folder)) == [MANIFEST, TENSORS]
+    assert sorted(os.listdir(folder)) == [CARD, MANIFEST, TENSORS]
     fresh = HOME.fresh()
     assert mm.load_adapter(fresh, folder).name == "other"
     assert_equal(outputs(fresh), expected)
@@ -203,19 +204,21 @@ def test_the_global_random_state_is_left_alone(folder: Path) -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     text = refused(tmp_path / "nowhere")
-    assert f"no adapter folder at {tmp_path / 'nowhere'}" in text
+    assert f"there is no adapter at {tmp_path / 'nowhere'}" in text
     assert "give the folder mmadapt.save wrote" in text
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
-    assert f"no adapter folder at {folder / TENSORS}" in refused(folder / TENSORS)
+    for part in (TENSORS, MANIFEST):
+        assert f"{folder / part} is one file of an adapter" in refused(folder / part)
+        assert f"give its folder, {str(folder)!r}" in refused(folder / part)
 
 
 @pytest.mark.parametrize(("gone", "left"), [(MANIFEST, TENSORS), (TENSORS, MANIFEST)])
 def test_a_missing_file_is_named_with_what_is_there(folder: Path, gone: str, left: str) -> None:
     (folder / gone).unlink()
     text = refused(folder)
-    assert f"has no {gone}; it holds {left}" in text
+    assert f"has no {gone}; it holds README.md, {left}" in text
     assert "a folder with adapter.json and adapter.safetensors" in text
 
 
@@ -291,7 +294,7 @@ def test_an_older_schema_is_upgraded_step_by_step(
     def from_zero(old: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         return {**old, "schema": 1, "name": "upgraded"}, {**tensors, DOWN: tensors[DOWN] * 0}
 
-    monkeypatch.setattr(store, "UPGRADES", {0: from_zero, **store.UPGRADES})
+    monkeypatch.setattr(restore, "UPGRADES", {0: from_zero, **restore.UPGRADES})
     rewrite(folder, lambda manifest: manifest.update(schema=0))
     attachment = mm.load_adapter(HOME.fresh(), folder)
     assert attachment.name == "upgraded"
@@ -552,7 +555,7 @@ def _from_open_clip(source: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in target.items()}
 
 
-def _converted(source: nn.Module) -> nn.Module:
+def converted(source: nn.Module) -> nn.Module:
     target = BACKBONES["hf_clip"].fresh()
     weights = _from_open_clip(dict(source.state_dict()))
     missing, unexpected = target.load_state_dict(weights, strict=False)
@@ -574,7 +577,7 @@ def _converted(source: nn.Module) -> nn.Module:
 )
 def test_one_file_fits_clip_in_both_libraries(adapter: mm.Adapter, tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     theirs = BACKBONES["hf_clip"]
     bare = outputs(here)
     attachment = randomise(mm.attach(here, adapter))
@@ -592,7 +595,7 @@ def test_one_file_fits_clip_in_both_libraries(adapter: mm.Adapter, tmp_path: Pat
 
 def test_lora_fits_both_libraries_where_both_offer_the_port(tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     attachment = randomise(mm.attach(here, mm.LoRA(2, alpha=4.0), at="*.layers[*].mlp.*"))
     mm.load_adapter(there, attachment.save(tmp_path / "adapter"))
     unit = [
@@ -604,7 +607,7 @@ def test_lora_fits_both_libraries_where_both_offer_the_port(tmp_path: Path) -> N
 
 def test_lora_at_packed_weights_fits_transformers_too(tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     attachment = randomise(mm.attach(here, mm.LoRA(2, alpha=4.0)))
     assert all(site.endswith(":weight") for site in attachment.sites)
     mm.load_adapter(there, attachment.save(tmp_path / "adapter"))
@@ -617,7 +620,7 @@ def test_lora_at_packed_weights_fits_transformers_too(tmp_path: Path) -> None:
 
 def test_lora_from_transformers_fits_open_clips_packed_weights(tmp_path: Path) -> None:
     here = HOME.fresh()
-    there = _converted(here)
+    there = converted(here)
     attachment = randomise(mm.attach(there, mm.LoRA(2)))
     expected = outputs(there, BACKBONES["hf_clip"])
     mm.load_adapter(here, attachment.save(tmp_path / "adapter"))

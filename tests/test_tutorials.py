@@ -42,6 +42,7 @@ def test_there_are_tutorials():
         "05_speech",
         "06_llama_adapter",
         "07_few_shot_clip",
+        "08_zoo_and_sharing",
         "09_your_adapter",
         "10_your_backbone",
         "11_training_at_scale",
@@ -174,6 +175,27 @@ def test_few_shots_are_chosen_on_validation_and_differences_have_bounds():
     assert len(pairs) == 3
     assert all(float(on) < untouched == float(off) for on, off in pairs)
     assert "equal: True" in text
+
+
+def test_what_is_fetched_and_shared_is_what_was_published_or_refused():
+    """What the text around these outputs says."""
+    text = printed("08_zoo_and_sharing")
+    assert "are kept in cache/zoo/lab--scenes/" in text
+    assert len(set(re.findall(r"weights sent: (\d+) of (\d+)", text)[0])) == 1
+    assert "requests for the second load: 0" in text
+    assert "what came was deleted" in text and "kept: []" in text
+    assert "CLIP is loaded" in text and "said within three seconds: True" in text
+    assert "as before -> yesterday's" in text and "{'refresh': True} -> the new one" in text
+    assert text.count("this ran on your machine") == 1  # by torch, and not by mmadapt
+    assert "names builtins.print, which could run code; nothing was read" in text
+    before, after = (number(rf"^{state} +([\d.]+) %", text) for state in ("zero-shot", "adapted"))
+    assert after > before + 15
+    assert "(family 'clip'); this is a ASTFor" in text and "was trained on weights" in text
+    assert "was made for lab/scenes, this is tiny/clip" in text
+    assert len(re.findall(r"equal: +True", text)) == 5
+    assert "PEFT computes what we do: True" in text and "we compute what PEFT does: True" in text
+    assert "the same features: True" in text and "attached: []" in text
+    assert "went through" not in text and ": False" not in text
 
 
 def test_the_laws_find_what_is_wrong_with_the_draft_and_the_method_keeps_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy
@@ -88,6 +89,29 @@ def test_clips_of_another_rate_or_without_samples_are_refused() -> None:
         WhisperFeatures().batch([audio.Audio(numpy.zeros(8000, numpy.float32), 8000)])
     with pytest.raises(DataError, match="200 samples"):
         WhisperFeatures().batch([audio.Audio(numpy.zeros(200, numpy.float32), RATE)])
+    with pytest.raises(DataError, match=r"(?s)sampling rate is not known.*Audio\.of"):
+        WhisperFeatures().batch([clip(1.0).samples])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="no clips"):
+        WhisperFeatures().batch([])
+
+
+def test_silence_may_be_heard_and_is_warned_of_where_it_has_a_text() -> None:
+    silent = audio.Audio(numpy.zeros(RATE, numpy.float32), RATE)
+    features = WhisperFeatures.for_model(whisper(), long="cut")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        features.batch([silent])
+        features.batch([clip(1.0)], [[5, 9]])
+    with pytest.warns(UserWarning, match="clip 1 is silent, and Whisper learns to write 1 tokens"):
+        batch = features.batch([clip(1.0), silent], [[5, 9], [7]])
+    assert batch.inputs["labels"].tolist() == [[5, 9], [7, IGNORED]]
+
+
+def test_both_channels_are_one_clip_of_whisper() -> None:
+    both = numpy.stack([clip(1.0).samples] * 2, 1)
+    stereo = WhisperFeatures().batch([audio.Audio.of(both, RATE)])
+    mono = WhisperFeatures().batch([clip(1.0)])
+    assert torch.equal(stereo.inputs["input_features"], mono.inputs["input_features"])
 
 
 # -- labels -------------------------------------------------------------------------------------------
@@ -105,7 +129,9 @@ def test_labels_are_padded_with_what_the_loss_leaves_out() -> None:
         ([[]], "text 0 has no tokens"),
         ([[2], [1]], "text 1 has no tokens"),
         ([[2.5]], "holds 2.5"),
-        ([[9]], "token 9, and the model knows 0 to 8"),
+        (["one"], "text 0 is 'one', expected ids of tokens"),
+        ([[2], None], "text 1 is None"),
+        ([[9]], "token 9, and the model knows those from 0 to 8"),
         ([[-3]], "token -3"),
         ([[2] * 5], "5 tokens, and Whisper's decoder takes 4"),
         ([], "no texts"),

@@ -162,6 +162,17 @@ def test_open_clip_loads_from_the_hub_itself_and_through_the_zoo(
             assert mine.tokenize is not None and mine.tokenize("a red circle").shape == (1, 20)
 
 
+def test_a_vocabulary_of_its_own_and_the_licence_come_along(hub: Hub, empty_home: Path) -> None:
+    page = b"---\nlicense: cc-by-4.0\n---\n"
+    hub.add("org/clip", {**files_of(data_folder() / "tiny" / "clip"), "README.md": page})
+    clip, original = mm.load("hf:org/clip", progress=False), mm.load("tiny/clip")
+    words = "a red circle beside a seven"
+    assert clip.tokenize is not None and original.tokenize is not None
+    assert torch.equal(clip.tokenize(words), original.tokenize(words))
+    licence = clip.entry.licence
+    assert licence["weights"] == "cc-by-4.0" and licence["declared_by"] == "its page on the hub"
+
+
 def test_an_entry_may_correct_the_configuration_of_open_clip(hub: Hub, empty_home: Path) -> None:
     hub.add("org/clip", files_of(data_folder() / "tiny" / "clip"))
     facts: dict[str, Any] = {"config": {"model_cfg": {"quick_gelu": True}}}

@@ -103,6 +103,8 @@ def test_lists_are_filtered_and_in_natural_order() -> None:
         item.name for item in zoo.list("tiny/*")
     }
     assert manifest._natural("b-2") < manifest._natural("b-16")
+    few = zoo.list("tiny/*")[:2]
+    assert repr(few).startswith("2 entries") and few[0].name == "tiny/ast"
     with pytest.raises(ZooError, match="max_params is 'many'"):
         zoo.list(max_params="many")
     with pytest.raises(ZooError, match="kind is 'model'"):
@@ -114,6 +116,7 @@ def test_an_adapter_for_another_backbone_is_refused_by_both_names() -> None:
     for name in ("sam/vit-b", "sam/vit-b/transformers"):
         adapter.require_base(zoo.entry(name))
     adapter.require_base(None)
+    adapter.require_base(Entry("hf:org/sam", "", "", {"hf": "org/sam"}, licence=LICENCE))
     with pytest.raises(WrongBackboneError, match=r"made for sam/vit-b, this is sam/vit-h"):
         adapter.require_base(zoo.entry("sam/vit-h"))
 
@@ -379,6 +382,14 @@ def test_a_maintainer_fills_pins_from_the_hub(
     hub.requests.clear()
     zoo.get("lab/a", progress=False)
     assert not any("/api/" in request.path for request in hub.requests)
+
+
+def test_a_file_is_pinned_as_it_lies_here() -> None:
+    weights = next(f for f in zoo.entry("tiny/clip").files if f.role == "weights")
+    assert File.of(manifest.data_folder() / "tiny" / "clip" / weights.path) == weights
+    assert (
+        File.of(manifest.data_folder() / "tiny" / "clip" / "open_clip_config.json").role == "config"
+    )
 
 
 def test_the_tiny_weights_are_pinned_as_they_are(tmp_path: Path) -> None:

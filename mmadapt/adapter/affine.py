@@ -30,6 +30,10 @@ class ScaleShift(Adapter):
     linear or norm it stands behind.
 
     Parameters per site: 2·C.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.ScaleShift())
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "scale_shift"
@@ -71,6 +75,10 @@ class AdapterBias(Adapter):
     of one width.
 
     Parameters per site: inputs + outputs + 1; with `shared_gate` outputs, and inputs + 1 once.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.AdapterBias(), at="text.layers[*].mlp.down")
+        features = clip.model.encode_text(clip.tokenize(["a red circle"]))
     """
 
     method: ClassVar[str] = "adapter_bias"
@@ -109,6 +117,11 @@ class BiasScale(Adapter):
     linear that has a bias; without one its scales alone would.
 
     Parameters per linear: outputs, and as many more ("output"), or inputs more ("input").
+
+        llama = mm.load("tiny/llama")
+        mm.attach(llama, mm.BiasScale())
+        tokens = llama.tokenize(["spell ab backwards = "], return_tensors="pt")
+        logits = llama(**tokens).logits
     """
 
     method: ClassVar[str] = "bias_scale"

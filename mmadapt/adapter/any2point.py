@@ -51,6 +51,14 @@ class Any2Point(Adapter):
     Parameters: the tokenizer's, 2·C for the class token, per view 4·(C·view_width) + 3·view_width + 3·C,
     per block 2·C·width + width + C and 14·C, the final norm's 2·C; with `classes` a perceptron of two
     layers of `head_width`.
+
+        from mmadapt.tasks import points
+
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        vit = transformers.ViTModel(transformers.ViTConfig(**sizes, num_attention_heads=4))
+        mm.attach(vit, mm.Any2Point(classes=10, tokens=32, neighbours=16))
+        clouds = points.solids(1, "test", seed=0).clouds
+        logits = vit(pixel_values=clouds)
     """
 
     method: ClassVar[str] = "any2point"

@@ -18,10 +18,11 @@ class Bottleneck(Adapter):
 
     `sequential` reads the site's output y, `parallel` its input x (He et al. 2022):
     y + norm_after(s·up(dropout(act(down(norm_before(z)))))) with z = y or x. `residual` reads the
-    residual stream at the branch, r in r + branch(norm(r)): x before the backbone's norm. At the `in`
-    port, `at="audio.layers[*].mlp:in"`, it stands before the branch: x + s·up(…(x)).
+    residual stream at the branch, r in r + branch(norm(r)): x before the backbone's norm; `joined` reads
+    it as the branch leaves it, r + y. At the `in` port, `at="audio.layers[*].mlp:in"`, it stands before
+    the branch: x + s·up(…(x)).
 
-    `norm` adds a LayerNorm of the adapter's own before the down-projection or after the scaling.
+    `norm` adds a LayerNorm of the adapter's own before the down-projection, after the scaling or both.
     `scale` is the number s; with `scale_kind` "learned" or "channel" it is where one trained number,
     or one a channel, begins. `start="houlsby"` draws both projections from N(0, 0.01²) within two
     deviations, which is no identity. `drop_path` is the probability that a row of the batch does
@@ -31,8 +32,12 @@ class Bottleneck(Adapter):
     Give `width`, the channels between the projections, or `reduction`: each site's own channels are
     then divided by it and rounded down, to 1 at least. Without either the width is 32.
 
-    Parameters per site: 2·C·width + width + C for C channels; with a norm 2·C more, with a trained
+    Parameters per site: 2·C·width + width + C for C channels; with a norm 2·C more, with both 4·C, with a trained
     scale 1 or C more.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.Bottleneck(16), name="sketch", at="vision.layers[-2:].mlp")
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "bottleneck"
@@ -45,11 +50,11 @@ class Bottleneck(Adapter):
     )
 
     width: int | None = None
-    placement: Literal["sequential", "parallel", "residual"] = "sequential"
+    placement: Literal["sequential", "parallel", "residual", "joined"] = "sequential"
     activation: Activation = "gelu"
     scale: float = 1.0
     scale_kind: Literal["fixed", "learned", "channel"] = "fixed"
-    norm: Literal["none", "before", "after"] = "none"
+    norm: Literal["none", "before", "after", "both"] = "none"
     dropout: float = 0.0
     start: Literal["zero", "houlsby"] = "zero"
     reduction: int | None = None
@@ -70,11 +75,11 @@ class Bottleneck(Adapter):
         else:
             positive(self, "width")
         number(self, "drop_path", low=0.0, high=0.999)
-        one_of(self, "placement", ("sequential", "parallel", "residual"))
+        one_of(self, "placement", ("sequential", "parallel", "residual", "joined"))
         one_of(self, "activation", ACTIVATIONS)
         number(self, "scale", low=-1e6, high=1e6)
         one_of(self, "scale_kind", ("fixed", "learned", "channel"))
-        one_of(self, "norm", ("none", "before", "after"))
+        one_of(self, "norm", ("none", "before", "after", "both"))
         number(self, "dropout", low=0.0, high=0.999)
         one_of(self, "start", ("zero", "houlsby"))
 

@@ -30,6 +30,10 @@ class Compacter(Adapter):
     them.
 
     Parameters per site: 2·(C + width) + C + width; the rule once, or once a site.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.Compacter.plus_plus(width=8, division=4), at="vision.layers[*].mlp")
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "compacter"

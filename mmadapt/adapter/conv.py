@@ -23,6 +23,10 @@ class Convpass(Adapter):
     the convolution as one that does nothing.
 
     Parameters per site: 2·C·width + C + width + 9·width² + width.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.Convpass(8))
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "convpass"

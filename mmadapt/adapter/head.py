@@ -28,6 +28,10 @@ class Head(Adapter):
     zero, so that every class starts equal; cross-entropy moves both at once.
 
     Parameters: classes·(D + 1), with the norm 2·D more.
+
+        ast = mm.load("tiny/ast")
+        mm.attach(ast, mm.Head(names=("bird", "engine", "rain")))
+        logits = ast(torch.randn(2, 98, 64)).logits                   # (2, 3)
     """
 
     method: ClassVar[str] = "head"

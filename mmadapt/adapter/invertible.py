@@ -27,6 +27,11 @@ class Invertible(Adapter):
 
     Parameters, once for both sites: with C = c1 + c2 channels, c1 = ⌊C/2⌋, and widths
     f = ⌊c2/reduction⌋, g = ⌊c1/reduction⌋: (c1 + c2)·(f + g) + f + g + c1 + c2.
+
+        llama = mm.load("tiny/llama")
+        mm.attach(llama, mm.Invertible(reduction=4), name="language")
+        tokens = llama.tokenize(["spell ab backwards = "], return_tensors="pt")
+        logits = llama(**tokens).logits
     """
 
     method: ClassVar[str] = "invertible"

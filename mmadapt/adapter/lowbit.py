@@ -25,6 +25,10 @@ class BiAdaptFormer(Adapter):
     of this library; they were not checked against the paper's code.
 
     Parameters per site: 2·C·width.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.BiAdaptFormer(8, bits=1), name="small")
+        mm.save(clip, "./small")                                      # a bit a weight
     """
 
     method: ClassVar[str] = "bi_adaptformer"

@@ -25,6 +25,11 @@ class LoRA(Adapter):
     instead (Kalajdzievski 2023, arXiv:2312.03732).
 
     Parameters per site: rank·(inputs + outputs); a kernel's inputs count its taps.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.LoRA(4, alpha=8.0), at="vision.layers[*].mlp.*")
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
+        mm.merge(clip)                                                # costs nothing from here on
     """
 
     method: ClassVar[str] = "lora"

@@ -21,6 +21,10 @@ class ClipAdapter(Adapter):
     gradient at once and the matrices after the first step).
 
     Parameters: 2·D²/reduction, one more with `start="identity"`.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.ClipAdapter(reduction=4, start="identity"))
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "clip_adapter"
@@ -55,6 +59,14 @@ class TipAdapter(Adapter):
     empty and casts no vote, so the layer starts as the identity.
 
     Trained parameters: entries·D with `train_keys`, else none.
+
+        from mmadapt.tasks import few_shot
+
+        clip = mm.load("tiny/clip")
+        classifier = few_shot.zero_shot(clip, ("circle", "arrow"), ("a photo of a {}",))
+        att = mm.attach(classifier, mm.TipAdapter(entries=4))
+        shots = clip.model.encode_image(torch.randn(4, 3, 32, 32)).detach()
+        few_shot.remember(att, shots, torch.tensor([0, 0, 1, 1]))
     """
 
     method: ClassVar[str] = "tip_adapter"

@@ -42,6 +42,11 @@ class SAMMed2D(Adapter):
     `decoder="trained"` trains prompt encoder and mask decoder in full, which released files hold.
 
     Parameters per site: 2·C·width + 25·C² + 2·C, width = ⌊ratio·C⌋.
+
+        sam = mm.load("tiny/sam")
+        mm.attach(sam, mm.SAMMed2D())
+        images, clicks = torch.rand(2, 3, 64, 64), torch.full((2, 1, 1, 2), 32.0)
+        masks = sam(pixel_values=images, input_points=clicks).pred_masks
     """
 
     method: ClassVar[str] = "sam_med2d"
@@ -90,6 +95,10 @@ class AdapterShadow(Adapter):
 
     Parameters per bottleneck: 2·C·width / branches + width + C with width = ⌊ratio·C / branches⌋ ·
     branches; with a rank 2·rank·(C + width) + width + C.
+
+        sam = mm.load("tiny/sam")
+        mm.attach(sam, mm.AdapterShadow(branches=4))
+        embedded = sam.model.vision_encoder(torch.rand(1, 3, 64, 64)).last_hidden_state
     """
 
     method: ClassVar[str] = "adapter_shadow"

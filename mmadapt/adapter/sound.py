@@ -29,6 +29,10 @@ class ConvAdapter(Adapter):
     another; sizes are equal.
 
     Parameters per site: 2·C + (2·C·width + 2·width) + (width·kernel + width) + 2·width + (width·C + C).
+
+        ast = mm.load("tiny/ast")
+        mm.attach(ast, mm.ConvAdapter(16, kernel=5))
+        logits = ast(torch.randn(2, 98, 64)).logits                   # 98 frames of 64 mel bins
     """
 
     method: ClassVar[str] = "conv_adapter"
@@ -61,6 +65,10 @@ class ConvPass1d(Adapter):
     with the input inside, which is no identity at the start and left out here.
 
     Parameters per site: 2·C·width + width + C + width²·kernel + width.
+
+        ctc = mm.load("tiny/ctc")
+        mm.attach(ctc, mm.ConvPass1d(8))
+        logits = ctc(torch.randn(2, 8000)).logits
     """
 
     method: ClassVar[str] = "conv_pass_1d"
@@ -101,6 +109,10 @@ class DenseMoA(Adapter):
     y + Σ softmax(router(x))_n · up_n(act(down_n(x))).
 
     Parameters per site: experts·(2·C·width + width + C) + experts·(C + 1).
+
+        ast = mm.load("tiny/ast")
+        mm.attach(ast, mm.DenseMoA(experts=3))
+        logits = ast(torch.randn(2, 98, 64)).logits
     """
 
     method: ClassVar[str] = "dense_moa"
@@ -130,6 +142,10 @@ class SoftMoA(Adapter):
     token sees the whole clip, the future too: not for streaming.
 
     Parameters per site: experts·(2·C·width + width + C) + C·experts·slots.
+
+        ast = mm.load("tiny/ast")
+        mm.attach(ast, mm.SoftMoA(experts=3))
+        logits = ast(torch.randn(2, 98, 64)).logits
     """
 
     method: ClassVar[str] = "soft_moa"
@@ -159,6 +175,10 @@ class DeepPrompts(Adapter):
     its own, as WavLM's, cannot be given more tokens and is refused.
 
     Parameters per block: length·C.
+
+        ast = mm.load("tiny/ast")
+        mm.attach(ast, mm.DeepPrompts(4))
+        logits = ast(torch.randn(2, 98, 64)).logits
     """
 
     method: ClassVar[str] = "deep_prompts"

@@ -43,6 +43,11 @@ class ThreeDSAM(Adapter):
     `recompute` keeps only the inputs of blocks for backward, for volumes that do not fit otherwise.
 
     Parameters per bottleneck: 2·C·width + 29·width + C, width = ⌊ratio·C⌋.
+
+        sam = mm.load("tiny/sam")
+        mm.attach(sam, mm.ThreeDSAM(zoom=2, window=2, planes=4, heads=2))
+        volume, click = torch.rand(1, 1, 16, 16, 16), torch.full((1, 1, 3), 8.0)
+        logits = sam(pixel_values=volume, input_points=click, input_labels=torch.tensor([[1]]))
     """
 
     method: ClassVar[str] = "three_d_sam"

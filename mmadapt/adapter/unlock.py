@@ -18,6 +18,10 @@ class Unlock(Adapter):
     and saved is the change from the backbone's value, so weight decay pulls towards the backbone.
 
     Parameters per site: those of the tensor.
+
+        clip = mm.load("tiny/clip")
+        mm.attach(clip, mm.Unlock(at=("vision.layers[*].norm1", "vision.layers[*].*.*.bias")))
+        features = clip.model.encode_image(torch.randn(2, 3, 32, 32))
     """
 
     method: ClassVar[str] = "unlock"

@@ -54,6 +54,12 @@ class MedSA(Adapter):
     its tables of relative positions, the condition under which many released checkpoints were trained.
 
     Parameters per bottleneck: 2·C·width + width + C, width = ⌊ratio·C⌋.
+
+        sam = mm.load("tiny/sam")
+        mm.attach(sam, mm.MedSA(depth=True))
+        slices, clicks = torch.rand(4, 3, 64, 64), torch.full((4, 1, 1, 2), 32.0)
+        with mm.context(sam, depth=4):                                # four slices of one volume
+            masks = sam(pixel_values=slices, input_points=clicks).pred_masks
     """
 
     method: ClassVar[str] = "med_sa"
@@ -132,6 +138,11 @@ class ConvDepth(Adapter):
     the authors' second place, met at the attention.
 
     Parameters per site: 2·C·width + kernel·width² + width, with the norm 2·C more.
+
+        sam = mm.load("tiny/sam")
+        mm.attach(sam, mm.ConvDepth(16))
+        with mm.context(sam, depth=4):                                # four slices of one volume
+            embedded = sam.model.vision_encoder(torch.rand(4, 3, 64, 64)).last_hidden_state
     """
 
     method: ClassVar[str] = "conv_depth"

@@ -40,6 +40,12 @@ class ZeroInitAttention(Adapter):
 
     Parameters per site: length·C + heads (without the tokens with "tokens"); with features
     V·C + C once.
+
+        llama = mm.load("tiny/llama")
+        mm.attach(llama, mm.ZeroInitAttention(4, visual="added", features=64))
+        tokens = llama.tokenize(["what is it? "], return_tensors="pt")
+        with mm.context(llama, visual=torch.randn(1, 64)):            # one image's features
+            logits = llama(**tokens).logits
     """
 
     method: ClassVar[str] = "zero_init_attention"
@@ -108,6 +114,11 @@ class LlamaAdapter(ZeroInitAttention):
     `features` it is the paper's form for images.
 
     Parameters: layers·(length·C + heads).
+
+        llama = mm.load("tiny/llama")
+        mm.attach(llama, mm.LlamaAdapter(length=4, layers=2))         # its top two of four layers
+        tokens = llama.tokenize(["spell ab backwards = "], return_tensors="pt")
+        answer = llama.model.generate(**tokens, max_new_tokens=3)
     """
 
     method: ClassVar[str] = "llama_adapter"

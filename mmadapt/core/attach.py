@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mmadapt.core.anatomy import Anatomy
     from mmadapt.core.attachment import Attachment
+    from mmadapt.core.bank import Bank
     from mmadapt.core.site import SiteView
 
 
@@ -136,18 +137,36 @@ def active(m: Any) -> Composition:
 def set_active(m: Any, *names: str | Composition) -> None:
     """Choose which attachments act: one name, several (their changes add up), or a composition.
 
-    Without names the backbone runs bare. Replaces plans on installed hooks; costs microseconds.
+    Compositions may have weights. Without names the backbone runs bare. Replaces plans on installed
+    hooks; costs microseconds.
 
         mm.set_active(model, mm.Stack("domain", "task"))
+        mm.set_active(model, mm.Sum("french", "german", weights=(0.7, 0.3)))
     """
     _, bank = require_bank(m)
-    bank.activate(compose(names))
+    composition = compose(names)
+    bank.validate(composition)
+    bank.resting = frozenset()
+    bank.activate(composition)
 
 
 @contextlib.contextmanager
-def disabled(m: Any) -> Iterator[Any]:
-    """Run the bare backbone inside the block; what was active is active again after it."""
+def disabled(m: Any, at: str | Sequence[str] | None = None) -> Iterator[Any]:
+    """Run the bare backbone inside the block; what was active is active again after it.
+
+    With `at`, a pattern of sites or several, nothing acts there, and elsewhere all goes on:
+    `with mm.disabled(m, at="vision.layers[3].mlp"): ...` tells what a layer is worth.
+    """
     _, bank = require_bank(m)
+    if at is not None:
+        before, chosen = bank.resting, bank.resting | sites_at(bank, at)
+        bank.rest(chosen)
+        try:
+            yield m
+        finally:
+            if bank.resting is chosen:  # else the block chose something itself
+                bank.rest(before)
+        return
     before = bank.active
     acting = bank.acting
     bank.plans(Sum())
@@ -156,6 +175,25 @@ def disabled(m: Any) -> Iterator[Any]:
     finally:
         if bank.active is before:  # else the block chose something itself
             bank.plans(before if acting else Sum())
+
+
+def sites_at(bank: Bank, at: str | Sequence[str]) -> frozenset[str]:
+    """Names of the sites, among those where something is attached, that patterns select."""
+    from mmadapt.core.site import match_roles, nothing_matched
+
+    found: set[str] = set()
+    spans = {hook.site.role: hook.site.span for hook in bank.hooks.values()}
+    for pattern in [at] if isinstance(at, str) else at:
+        roles, port = match_roles(pattern, spans)
+        chosen = {
+            name
+            for name, hook in bank.hooks.items()
+            if hook.site.role in roles and port in (None, hook.site.port)
+        }
+        if not chosen:
+            raise nothing_matched(pattern, spans)
+        found |= chosen
+    return frozenset(found)
 
 
 def detach(m: Any, name: str | None = None) -> None:

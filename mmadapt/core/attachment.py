@@ -49,9 +49,10 @@ class Attachment:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is saved beside the tensors: "licence", "metrics" and "input", yours to fill.
+        """What is saved beside the tensors: "licence", "metrics", "data" and "input", yours to fill.
 
-        "input" is a dictionary that says how images and prompts have to be given.
+        "data" says what it was trained on, "input" is a dictionary that says how images and prompts have
+        to be given; "origin" tells what a foreign file held.
         """
         return self._record.metadata
 

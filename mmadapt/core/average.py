@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import check_name
-from mmadapt.core.store import read, write
+from mmadapt.core.restore import read
+from mmadapt.core.store import write
 from mmadapt.errors import AdapterFileError
 
 if TYPE_CHECKING:

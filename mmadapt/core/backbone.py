@@ -43,6 +43,27 @@ class Backbone:
         name = getattr(self.entry, "name", None) or type(self.model).__name__
         return f"Backbone({name}: {family}, {count / 1e6:.3g} M parameters)"
 
+    def _repr_html_(self) -> str:
+        from mmadapt.core.bank import backbone_parameters, bank_of
+        from mmadapt.core.table import facts
+
+        parameters = [parameter for _, parameter in backbone_parameters(self.model)]
+        kinds = [f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for p in parameters]
+        assert self.anatomy is not None
+        roles = [role for role in self.anatomy.roles(self.model) if not role.endswith(".bias")]
+        bank = bank_of(self.model)
+        given = [word for word in ("preprocess", "tokenize") if getattr(self, word) is not None]
+        licence = getattr(self.entry, "licence", {}).get("weights", "")
+        shown = {
+            "model": type(self.model).__name__,
+            "weights": ", ".join(dict.fromkeys(kinds)),
+            "sites": f"{len(roles)} roles; mmadapt.sites(backbone) lists them",
+            "comes with": ", ".join(given),
+            "licence": licence,
+            "attached": f"{', '.join(bank.records)}; active: {bank.active!r}" if bank else "",
+        }
+        return facts(repr(self), shown)._repr_html_()
+
 
 def _module(model: Any) -> nn.Module:
     from torch import nn

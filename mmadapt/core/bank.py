@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mmadapt.core.combined import check_sums, check_weight
 from mmadapt.core.compiled import compiled_code_exists
 from mmadapt.core.compose import Composition, Stack, Sum
 from mmadapt.core.context import Choice, Forwards
 from mmadapt.core.installed import Installed
 from mmadapt.core.layer import Layer
 from mmadapt.core.renames import undo_renames
+from mmadapt.core.weighted import Weighted
 from mmadapt.errors import AttachError
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class Bank(nn.Module):
         self.forwards = Forwards()
         self.records: dict[str, Record] = {}
         self.active: Composition = Sum()
+        #: sites where nothing acts, whatever is active; and the plans without regard to them
+        self.resting: frozenset[str] = frozenset()
+        self.planned: dict[str, Plan] = {}
         # merged attachments in order: the parameters they changed, with the originals
         self.merged: dict[str, list[tuple[nn.Module, str, Tensor]]] = {}
         self.installed = Installed(model, anatomy, self.forwards)
@@ -126,15 +131,22 @@ class Bank(nn.Module):
 
     def plans(self, composition: Composition) -> None:
         """Replace the plan at every hook; the whole cost of a switch."""
-        records = [self.records[name] for name in composition.names]
+        several = zip(composition.names, composition.weights, strict=True)
+        records = [(self.records[name], weight) for name, weight in several if weight]
         stack = isinstance(composition, Stack)
         self.replace({site: _plan(site, records, stack) for site in self.hooks})
+
+    def rest(self, sites: frozenset[str]) -> None:
+        """Let nothing act at these sites from now on, and what is planned at all others."""
+        self.resting = sites
+        self.replace(self.planned)
 
     def replace(self, plans: dict[str, Plan]) -> None:
         """Let these plans act from now on, at every site."""
         self.forwards.choice = Choice()
+        self.planned = plans
         for site, hook in self.hooks.items():
-            hook.plan = plans[site]
+            hook.plan = plans[site] if site not in self.resting else ()
         for hook in self.installed.taps.values():
             hook.readers = 0
         wanted: set[str] = set()
@@ -154,7 +166,7 @@ class Bank(nn.Module):
     @property
     def acting(self) -> bool:
         """Whether anything has a plan now: not within `disabled`, whatever is active."""
-        return any(hook.plan for hook in self.hooks.values())
+        return any(self.planned.values())
 
     def activate(self, composition: Composition, plans: dict[str, Plan] | None = None) -> None:
         """Make `composition` the active one; only active tensors require a gradient.
@@ -188,6 +200,8 @@ class Bank(nn.Module):
                 raise AttachError(
                     f"no attachment is named {name!r}", did_you_mean(name, self.records)
                 )
+        for name, weight in zip(composition.names, composition.weights, strict=True):
+            check_weight(name, weight, self.records[name].layers)
         if isinstance(composition, Stack) or len(composition.names) < 2:
             return
         together: dict[str, list[Layer]] = {}
@@ -247,9 +261,13 @@ class LateGradient:
             parameter.grad = gradient.detach().clone() if kept is None else kept + gradient
 
 
-def _plan(site: str, records: list[Record], stack: bool) -> Plan:
+def _plan(site: str, records: list[tuple[Record, float]], stack: bool) -> Plan:
     """The layers of several attachments at one site: one group, or for a stack one each."""
-    groups = [tuple(record.layers[site]) for record in records if site in record.layers]
+    groups: list[Any] = [
+        tuple([layer if weight == 1 else Weighted(layer, weight) for layer in record.layers[site]])
+        for record, weight in records
+        if site in record.layers
+    ]
     if stack or not groups:
         return tuple(groups)
     return (tuple([layer for group in groups for layer in group]),)
@@ -261,19 +279,6 @@ def _allow_bare_checkpoint(bank: Bank, incompatible: Any) -> None:
     ours = {key for key in missing if BANK in key.split(".")}
     if {key.split(f"{BANK}.", 1)[1] for key in ours} >= set(bank.state_dict()):
         missing[:] = [key for key in missing if key not in ours]
-
-
-def check_sums(layers: dict[str, list[Layer]]) -> None:
-    """Layers that meet at one site and see the same output must each add a change to it."""
-    for site, several in layers.items():
-        around = site.endswith(":around")  # two of them cannot both call the module
-        odd = [type(layer).__name__ for layer in several if around or not layer.additive]
-        if len(several) > 1 and odd:
-            raise AttachError(
-                f"{odd[0]} at {site} does not add a change to its site's output, so a sum with "
-                "another layer has no meaning",
-                'attach them under two names and use mmadapt.Stack("a", "b")',
-            )
 
 
 def backbone_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

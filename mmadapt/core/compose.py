@@ -1,64 +1,79 @@
-"""Which attachments are active, and how they combine."""
+"""Which attachments are active, how they combine, and how much each counts."""
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mmadapt.errors import AttachError
 
-
-@dataclass(frozen=True, init=False)
-class Stack:
-    """Attachments one after another: at each site the next sees what the one before returned."""
-
-    names: tuple[str, ...]
-
-    def __init__(self, *names: str) -> None:
-        _check(names, "Stack")
-        object.__setattr__(self, "names", names)
-
-    def without(self, *names: str) -> Stack:
-        """The same composition without some of its names."""
-        return Stack(*(name for name in self.names if name not in names))
-
-    def __repr__(self) -> str:
-        return f"Stack({', '.join(map(repr, self.names))})"
+C = TypeVar("C", bound="Composition")
 
 
-@dataclass(frozen=True, init=False)
-class Sum:
-    """Attachments side by side: all see the backbone's own output and their changes add up."""
+@dataclass(frozen=True, init=False, repr=False)
+class Composition:
+    """Names of attachments, and of each the weight by which its changes are multiplied."""
 
     names: tuple[str, ...]
+    weights: tuple[float, ...]
 
-    def __init__(self, *names: str) -> None:
-        _check(names, "Sum")
+    def __init__(self, *names: str, weights: Sequence[float] | None = None) -> None:
+        kind = type(self).__name__
+        for name in names:
+            if not isinstance(name, str):
+                raise AttachError(f"{kind} takes names of attachments, got {name!r}")
+        if len(set(names)) != len(names):
+            raise AttachError(f"{kind}{names} names an attachment twice")
         object.__setattr__(self, "names", names)
+        object.__setattr__(self, "weights", _checked(weights, names, kind))
 
-    def without(self, *names: str) -> Sum:
+    def without(self: C, *names: str) -> C:
         """The same composition without some of its names."""
-        return Sum(*(name for name in self.names if name not in names))
+        left = {n: w for n, w in zip(self.names, self.weights, strict=True) if n not in names}
+        return type(self)(*left, weights=tuple(left.values()))
 
     def __repr__(self) -> str:
-        return f"Sum({', '.join(map(repr, self.names))})"
+        parts = [*map(repr, self.names)]
+        if any(weight != 1 for weight in self.weights):
+            parts.append(f"weights=({', '.join(f'{weight:g}' for weight in self.weights)})")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
-Composition = Stack | Sum
+class Stack(Composition):
+    """Attachments one after another: at each site the next sees what the one before returned.
+
+    Of each, `weights` (all 1 by default) times the change it makes is made.
+    """
 
 
-def _check(names: tuple[str, ...], kind: str) -> None:
-    for name in names:
-        if not isinstance(name, str):
-            raise AttachError(f"{kind} takes names of attachments, got {name!r}")
-    if len(set(names)) != len(names):
-        raise AttachError(f"{kind}{names} names an attachment twice")
+class Sum(Composition):
+    """Attachments side by side: all see the backbone's own output and their changes add up.
+
+    Each change is multiplied by its weight, 1 by default: `Sum("a", "b", weights=(0.3, 0.7))`.
+    """
+
+
+def _checked(weights: Any, names: tuple[str, ...], kind: str) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * len(names)
+    given = tuple(weights) if isinstance(weights, (tuple, list)) else (weights,)
+    if len(given) != len(names) or not all(
+        isinstance(w, numbers.Real) and math.isfinite(float(w)) for w in given
+    ):
+        raise AttachError(
+            f"weights of {kind} are {weights!r}, expected {len(names)} finite numbers, one a name"
+        )
+    return tuple(float(weight) for weight in given)
 
 
 def compose(names: tuple[str | Composition, ...]) -> Composition:
     """One composition from what a caller wrote: a composition, or names, which sum."""
-    if len(names) == 1 and isinstance(names[0], (Stack, Sum)):
+    if len(names) == 1 and isinstance(names[0], Composition):
         return names[0]
-    if any(isinstance(name, (Stack, Sum)) for name in names):
+    if any(isinstance(name, Composition) for name in names):
         raise AttachError(
             f"cannot mix names and compositions: {names}", 'write one, as in Stack("a", "b")'
         )

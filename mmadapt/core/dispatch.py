@@ -124,7 +124,7 @@ class OutHook(SiteHook):
         x = self.find_x(context, args, kwargs)
         if isinstance(output, Tensor):
             return self.through(plan, context, output, x)
-        y = _element(output, self.site)
+        y = element(output, self.site)
         return _put(output, self.site.span.y, self.through(plan, context, y, x))
 
     def replay(self, y: Tensor, x: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _around(layer: Layer, call: Any, context: Context, site: SiteView, *args: An
     return layer.around(call, args, kwargs, context, site)
 
 
-def _element(output: Any, site: SiteView) -> Tensor:
+def element(output: Any, site: SiteView) -> Tensor:
     """The element or field of a module's output that the role means."""
     try:
         return output[site.span.y]

@@ -30,7 +30,8 @@ class WeightHook:
         self.forwards = forwards
         self.sites: list[WeightSite] = []
         self.original: nn.Parameter | None = None
-        self._cached: tuple[tuple, Tensor] | None = None
+        #: what it was made for, the value, and the plans, whose layers' ids mean them while they live
+        self._cached: tuple[tuple, Tensor, Any] | None = None
         self.thread = 0
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ class WeightHook:
         """The effective value, computed anew only when something behind it has changed."""
         key = self._key(plans)
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._assemble(plans, context))
+            self._cached = (key, self._assemble(plans, context), plans)
         return self._cached[1]
 
     def _assemble(self, plans: list[tuple[SiteHook, Plan]], context: Context) -> Tensor:

@@ -15,9 +15,9 @@ from mmadapt.core.bank import (
     Bank,
     Record,
     bank_of,
-    check_sums,
     seeded,
 )
+from mmadapt.core.combined import check_sums
 from mmadapt.core.compiled import reset_compiled_code
 from mmadapt.core.compose import Sum
 from mmadapt.core.dispatch import ShareHook, SiteHook

@@ -24,8 +24,9 @@ from mmadapt.core.backbone import Backbone, unwrap
 from mmadapt.core.bank import BANK, bank_of
 from mmadapt.core.check import outside_inference, tensors_in, total
 from mmadapt.core.merge import merge, unmerge
+from mmadapt.core.restore import load_folder
 from mmadapt.core.snapshot import changed, distance, hook_tables, randomise, state, values
-from mmadapt.core.store import load_adapter, save
+from mmadapt.core.store import save
 from mmadapt.core.subject import Broken, Outputs, Subject, require_difference, require_equal
 from mmadapt.core.table import Table
 from mmadapt.errors import AdapterError, CheckError, MergeError
@@ -181,7 +182,7 @@ def _files(subject: Subject) -> str:
         one, two = Path(folder, "one"), Path(folder, "two")
         save(m, one)
         other = subject.fresh()
-        load_adapter(other, one)
+        load_folder(other, one)
         save(other, two)
         require_equal(subject.quietly(other), subject.quietly(m), "what was loaded is off")
         for path in one.iterdir():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attach import as_adapters, resolve
 from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap
+from mmadapt.core.site import stem
 from mmadapt.core.table import Table, count, shape_of
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def sites(m: Any, pattern: str | None = None) -> Table:
         view = anatomy.view(model, role, span.ports[0], span)
         path = span.module or "(root)"
         key = (
-            role if pattern else _general(role),
+            role if pattern else stem(role),
             " ".join(span.ports),
             str(view.width) if view.width == view.width_in else f"{view.width_in} → {view.width}",
             path if pattern else re.sub(r"\.\d+(?=\.|$)", ".*", path),
@@ -53,7 +55,7 @@ def sites(m: Any, pattern: str | None = None) -> Table:
     table.title = f"{type(model).__name__}: {len(chosen)} roles of family {anatomy.family!r}"
     if biases:
         table.notes.append(
-            f"{len(biases)} biases beside them have a weight port, such as {_general(biases[0])!r}"
+            f"{len(biases)} biases beside them have a weight port, such as {stem(biases[0])!r}"
         )
     return table
 
@@ -100,7 +102,7 @@ def summary(attachment: Attachment) -> Table:
         index, _, site = key.partition("/")
         shapes = " ".join(f"{name} {shape_of(p)}" for name, p in layer.named_parameters())
         shapes = shapes or " ".join(f"{name} {shape_of(b)}" for name, b in layer.named_buffers())
-        group = (_general(site), type(record.adapters[int(index)]).__name__, shapes)
+        group = (stem(site), type(record.adapters[int(index)]).__name__, shapes)
         groups.setdefault(group, []).append(sum(p.numel() for p in layer.parameters()))
     table = Table(("site", "adapter", "tensors", "sites", "parameters"))
     table.rows = [(*group, len(sizes), sum(sizes)) for group, sizes in groups.items()]
@@ -110,19 +112,20 @@ def summary(attachment: Attachment) -> Table:
     return table
 
 
-def inspect(m: Any) -> Table:
-    """What is attached: every layer with its parameters, norm and gates."""
+def inspect(m: Any, batch: Any = None) -> Table:
+    """What is attached: every layer with its parameters, norm and gates.
+
+    With a `batch`, what the model takes as for `check`, there is also the share by which what acts at
+    each site changes what flows through it, ‖change‖ / ‖what was there‖ on average.
+    """
     model, bank = require_bank(m)
-    table = Table(("attachment", "site", "adapter", "parameters", "norm", "values"))
-    for name, record in bank.records.items():
-        for key, layer in bank.tensors_of(name):
-            index, _, site = key.partition("/")
-            tensors = list(layer.parameters())
-            norm = sum(float(t.detach().float().square().sum()) for t in tensors) ** 0.5
-            values = "  ".join(f"{k} {v:.4g}" for k, v in layer.describe().items())
-            method = type(record.adapters[int(index)]).__name__
-            size = sum(t.numel() for t in tensors)
-            table.rows.append((name, site, method, size, norm, values))
+    shares = None if batch is None else mean_shares(m, batch)
+    columns = ("attachment", "site", "adapter", "parameters", "norm", "values")
+    table = Table(columns if shares is None else (*columns, "share"))
+    for one in layers(m):
+        values = "  ".join(f"{k} {v:.4g}" for k, v in one.values.items())
+        row = (one.attachment, one.site, one.adapter, one.parameters, one.norm, values)
+        table.rows.append(row if shares is None else (*row, shares.get(one.site)))
     table.title = (
         f"{type(model).__name__}: {len(bank.records)} attached "
         f"({', '.join(bank.records)}), active: {bank.active!r}"
@@ -130,8 +133,69 @@ def inspect(m: Any) -> Table:
     return table
 
 
-def _general(name: str) -> str:
-    return re.sub(r"\[\d+\]", "[*]", name)
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of an attachment; its site is "shared" for what the sites of an adapter share."""
+
+    attachment: str
+    site: str
+    adapter: str
+    parameters: int
+    #: of all its parameters together
+    norm: float
+    #: what the layer says of itself, such as gates
+    values: dict[str, float]
+
+
+def layers(m: Any) -> list[LayerReport]:
+    """Every layer of every attachment, in the order they were built."""
+    _, bank = require_bank(m)
+    found = []
+    for name, record in bank.records.items():
+        for key, layer in bank.tensors_of(name):
+            index, _, site = key.partition("/")
+            tensors = list(layer.parameters())
+            norm = sum(float(t.detach().float().square().sum()) for t in tensors) ** 0.5
+            method = type(record.adapters[int(index)]).__name__
+            size = sum(t.numel() for t in tensors)
+            found.append(LayerReport(name, site, method, size, norm, layer.describe()))
+    return found
+
+
+def mean_shares(m: Any, batch: Any) -> dict[str, float]:
+    """The mean contribution of every site that acts, by the site's own name."""
+    from mmadapt.core.contribution import contribution
+
+    found = contribution(m, batch)
+    return {site: found.mean(name) for name, sites in found.sites.items() for site in sites}
+
+
+def updates(m: Any) -> dict[tuple[str, str], float]:
+    """‖ΔW‖ / ‖W‖ by (attachment, site), of every layer that is a linear change of a plain weight."""
+    import torch
+
+    from mmadapt.core.anatomy import bias_name
+    from mmadapt.core.host import why_not_plain
+
+    _, bank = require_bank(m)
+    found: dict[tuple[str, str], float] = {}
+    for name in bank.records:
+        for key, layer in bank.layers_of(name):
+            site = bank.hooks[key.partition("/")[2]].site
+            if name in bank.merged or site.holder is None:
+                continue
+            whole = getattr(site.holder, site.parameter)
+            if why_not_plain(whole):
+                continue
+            with torch.no_grad():
+                rows = whole[slice(*site.rows)]
+                bias = getattr(site.holder, bias_name(site.parameter), None)
+                bias = None if bias is None else bias[slice(*site.rows)]
+                folded = layer.fold(rows, bias, site)
+                if folded is not None:
+                    change = (folded[0].float() - rows.float()).norm() / rows.float().norm()
+                    found[name, site.name] = float(change)
+    return found
 
 
 def _share(added: int, model: nn.Module) -> str:

@@ -185,6 +185,11 @@ def parse_role(role: str) -> tuple[tuple[str, int | None], ...]:
     return tuple(parts)
 
 
+def stem(role: str) -> str:
+    """The role without its indices, the same in every layer: "vision.layers[*].mlp"."""
+    return re.sub(r"\[\d+\]", "[*]", role)
+
+
 def _split_pattern(pattern: str) -> tuple[list[tuple[str, str | None]], str | None]:
     if not isinstance(pattern, str) or not pattern:
         raise SiteError(
@@ -294,13 +299,13 @@ def select(
 def nothing_matched(pattern: str, spans: Mapping[str, Span]) -> SiteError:
     """The error for a pattern that selects no role, with the nearest roles."""
     named = [role for role in spans if BIAS in pattern or not role.endswith(f".{BIAS}")]
-    general = list(dict.fromkeys(re.sub(r"\[\d+\]", "[*]", role) for role in named))
+    general = list(dict.fromkeys(stem(role) for role in named))
     bare = re.sub(r"\[[^\]]*\]", "[*]", pattern.rpartition("]")[0] + "]") if "]" in pattern else ""
     wanted = (bare + pattern.rpartition("]")[2]) if bare else pattern
     wanted = re.sub(r":\w+$", "", wanted)
     near = closest(wanted, general, n=4)
     if wanted in general:  # the name is right, so the index is not
-        count = sum(re.sub(r"\[\d+\]", "[*]", role) == wanted for role in spans)
+        count = sum(stem(role) == wanted for role in spans)
         return SiteError(
             f"site pattern {pattern!r} matches nothing: there are {count} of {wanted!r}"
         )

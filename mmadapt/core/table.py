@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+#: rows of a table that are shown; of longer ones the middle is left out
+SHOWN = 100
 
 
 @dataclass
 class Table:
     """Rows under named columns, with a headline and notes.
 
-    `repr` gives aligned text, a notebook gets HTML, `records()` gives plain dictionaries.
+    `repr` gives aligned text, a notebook gets HTML, `records()` gives plain dictionaries. Of more than
+    100 rows the first and the last are shown.
     """
 
     columns: tuple[str, ...]
@@ -30,22 +34,35 @@ class Table:
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter(self.rows)
 
+    def _shown(self) -> tuple[list[tuple[Any, ...]], list[str]]:
+        """The rows that are shown, and the notes below them."""
+        left = len(self.rows) - SHOWN
+        if left <= 0:
+            return self.rows, self.notes
+        half = SHOWN // 2
+        gap = ("…", *("" for _ in self.columns[1:]))
+        note = f"{left:,} rows are not shown; records() holds all {len(self.rows):,}"
+        return [*self.rows[:half], gap, *self.rows[-half:]], [note, *self.notes]
+
     def __str__(self) -> str:
-        cells = [[text(value) for value in row] for row in self.rows]
+        rows, notes = self._shown()
+        cells = [[text(value) for value in row] for row in rows]
         widths = [
             max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(self.columns)
         ]
         right = [_numeric(self.rows, i) for i in range(len(self.columns))]
         lines = [self.title] if self.title else []
-        lines.append(line(self.columns, widths, right))
-        lines.append("  ".join("-" * width for width in widths))
+        if any(self.columns):
+            lines.append(line(self.columns, widths, right))
+            lines.append("  ".join("-" * width for width in widths))
         lines += [line(row, widths, right) for row in cells]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         right = [_numeric(self.rows, i) for i in range(len(self.columns))]
+        rows, below = self._shown()
 
         def cell(tag: str, value: str, is_right: bool) -> str:
             align = "right" if is_right else "left"
@@ -54,15 +71,21 @@ class Table:
             )
 
         head = "".join(cell("th", name, r) for name, r in zip(self.columns, right, strict=True))
+        head = f"<thead><tr>{head}</tr></thead>" if any(self.columns) else ""
         body = "".join(
             "<tr>"
             + "".join(cell("td", text(v), r) for v, r in zip(row, right, strict=True))
             + "</tr>"
-            for row in self.rows
+            for row in rows
         )
         title = f"<div><b>{html.escape(self.title)}</b></div>" if self.title else ""
-        notes = "".join(f"<div><small>{html.escape(note)}</small></div>" for note in self.notes)
-        return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        notes = "".join(f"<div><small>{html.escape(note)}</small></div>" for note in below)
+        return f"{title}<table>{head}<tbody>{body}</tbody></table>{notes}"
+
+
+def facts(title: str, values: Mapping[str, Any]) -> Table:
+    """A table of names and what they are, without a head; what is empty is left out."""
+    return Table(("", ""), [(k, v) for k, v in values.items() if v not in ("", None)], title)
 
 
 def line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

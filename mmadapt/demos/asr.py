@@ -43,9 +43,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run the whole job and write `report.html`, `results.json` and the adapter into `out`."""
     started = time.perf_counter()
+    (clips, texts), tests = task(shots)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (clips, texts), tests = task(shots)
     backbone = mm.load(BACKBONE)
     seconds = sum(clip.seconds for clip in clips)
     show(
@@ -202,7 +202,7 @@ def _report(
     page.code(
         "import mmadapt as mm\nfrom mmadapt.tasks import asr\n\n"
         f'ctc = mm.load("{BACKBONE}")\n'
-        f'mm.load_adapter(ctc, "{out.name}/adapter")\n'
+        f'mm.load_adapter(ctc, "./{out.name}/adapter")\n'
         "asr.Recogniser(ctc).transcribe(clips)"
     )
     return page.write(out / "report.html")

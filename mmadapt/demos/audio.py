@@ -193,7 +193,7 @@ def _report(
     page.code(
         "import mmadapt as mm\nfrom mmadapt.tasks import tagging\n\n"
         f'ast = mm.load("{BACKBONE}")\n'
-        f'mm.load_adapter(ast, "{out.name}/adapter")\n'
+        f'mm.load_adapter(ast, "./{out.name}/adapter")\n'
         "tagging.Tagger(ast).tag(clip)"
     )
     return page.write(out / "report.html")

@@ -170,7 +170,7 @@ def _report(
     page.code(
         "import mmadapt as mm\n\n"
         f'clip = mm.load("{BACKBONE}")\n'
-        f'mm.load_adapter(clip, "{out.name}/adapter")   # {100 * accuracy:.1f} % on the test images'
+        f'mm.load_adapter(clip, "./{out.name}/adapter")   # {100 * accuracy:.1f} % on the test images'
     )
     return page.write(out / "report.html")
 

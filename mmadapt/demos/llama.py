@@ -149,7 +149,7 @@ def _report(
     page.code(
         "import mmadapt as mm\nfrom mmadapt.tasks import instruct\n\n"
         f'llama = mm.load("{BACKBONE}")\n'
-        f'mm.load_adapter(llama, "{out.name}/adapter")\n'
+        f'mm.load_adapter(llama, "./{out.name}/adapter")\n'
         f'instruct.stream(llama, "{WORDING.format("planet")}")'
     )
     return page.write(out / "report.html")

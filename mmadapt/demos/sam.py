@@ -202,7 +202,7 @@ def _report(
     page.code(
         "import mmadapt as mm\nfrom mmadapt.tasks import segment\n\n"
         f'sam = mm.load("{BACKBONE}")\n'
-        f'mm.load_adapter(sam, "{out.name}/adapter")\n'
+        f'mm.load_adapter(sam, "./{out.name}/adapter")\n'
         "stack = segment.Segmenter(sam).encode_stack(slices, grey=True)"
     )
     return page.write(out / "report.html")

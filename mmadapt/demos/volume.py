@@ -308,7 +308,7 @@ def _report(
     page.code(
         "import mmadapt as mm\nfrom mmadapt.tasks import volume\n\n"
         f'sam = mm.load("{sam.BACKBONE}")\n'
-        f'mm.load_adapter(sam, "{out.name}/adapter")\n'
+        f'mm.load_adapter(sam, "./{out.name}/adapter")\n'
         f'scan = volume.read_nifti("{SCAN}", t={TIME})\n'
         f'study = volume.SliceSegmenter(sam, scan.window("{WINDOW}").crop({PART}))\n'
         f"study.click({SCAN_CLICKS[0][0]})\nstudy.propagate()\n"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.attached import require_bank, require_name
 from mmadapt.core.backbone import unwrap
-from mmadapt.errors import AdapterFileError
+from mmadapt.errors import AdapterError, AdapterFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,21 +74,51 @@ def depth_of(m: Any) -> int:
     return sum(role.endswith("attn.heads") for role in anatomy.roles(model))
 
 
-def refuse_keys(missing: list[str], unexpected: list[str]) -> None:
-    """Raise `AdapterFileError` where keys are missing or unexpected."""
+def refuse_keys(
+    missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str] = ()
+) -> None:
+    """Raise `AdapterFileError` where keys are missing or unexpected, or tensors of another shape."""
     parts = [
         f"{len(keys)} {what}: {some(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
         if keys
     ]
     if parts:
         raise AdapterFileError("the file does not fit: " + ". ".join(parts), "nothing was attached")
 
 
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Settings and tensors that no layer can be made of are the file's mistake: say which file's."""
+    try:
+        yield
+    except (AdapterError, AdapterFileError) as error:
+        text = error.message if str(path) in error.message else f"{path}: {error.message}"
+        kind = type(error) if isinstance(error, AdapterFileError) else AdapterFileError
+        raise kind(text, error.hint) from None
+
+
 def some(keys: Any) -> str:
     """The first few of several names."""
     keys = list(keys)
     return ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "") or "nothing"
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a `.bin` or `.pth` that `load_pickle` reads."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        return load_pickle(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is no safetensors file: {error}") from None
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -101,15 +133,7 @@ def load_checkpoint(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, Ten
     """
     import torch
 
-    if not path.is_file():
-        raise AdapterFileError(
-            f"there is no file {path}" if not path.exists() else f"{path} is a folder"
-        )
-    try:
-        with torch.serialization.safe_globals(_numbers()):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise AdapterFileError(f"{path} cannot be read as tensors: {error}") from error
+    stored = unpickled(path)
     others: list[str] = []
     held = [k for k in entries if isinstance(stored, dict) and isinstance(stored.get(k), dict)]
     if held:
@@ -125,6 +149,38 @@ def load_checkpoint(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, Ten
     return stored, others
 
 
+def unpickled(path: Path, device: str = "cpu") -> Any:
+    """What a `.pth` file holds, read without running code: tensors, plain values, numpy's numbers."""
+    import torch
+
+    if not path.is_file():
+        raise AdapterFileError(
+            f"there is no file {path}" if not path.exists() else f"{path} is a folder"
+        )
+    try:
+        with torch.serialization.safe_globals(_numbers()):
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise AdapterFileError(f"{path} cannot be read as tensors: {error}") from error
+
+
+def checkpoint_keys(path: Path) -> list[str]:
+    """The names in a file of tensors, of those in an entry of it too; numbers are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterFileError(f"{path} is no safetensors file: {error}") from None
+    stored = unpickled(path, "meta")
+    if not isinstance(stored, dict):
+        raise AdapterFileError(f"{path} holds {type(stored).__name__}, expected tensors by name")
+    below = [key for value in stored.values() if isinstance(value, dict) for key in value]
+    return [str(key) for key in (*stored, *below)]
+
+
 def _numbers() -> list[Any]:
     """What pickled numbers of numpy are made of, under both names that its versions write."""
     import numpy
@@ -138,11 +194,15 @@ def _numbers() -> list[Any]:
     ]
 
 
-def install_tensors(m: Any, adapters: Any, name: str, values: dict[str, Tensor]) -> Attachment:
+def install_tensors(
+    m: Any, adapters: Any, name: str, values: dict[str, Tensor], replace: bool = False
+) -> Attachment:
     """Attach adapters at their own sites with these tensors; nothing is changed if any is wrong."""
     from mmadapt.core.attach import resolve
     from mmadapt.core.install import install
 
     model, anatomy, entry = unwrap(m)
     sites = [resolve(model, anatomy, one, None) for one in adapters]
-    return install(model, anatomy, entry, tuple(adapters), sites, name, tensors=values)
+    return install(
+        model, anatomy, entry, tuple(adapters), sites, name, replace=replace, tensors=values
+    )

@@ -31,7 +31,7 @@ def is_litgpt(stored: dict[str, Tensor]) -> bool:
 
 
 def read_litgpt(
-    m: Any, stored: dict[str, Tensor], name: str, activation: str | None
+    m: Any, stored: dict[str, Tensor], name: str, activation: str | None, replace: bool
 ) -> ForeignFile:
     """Attach the tensors of a file that has been read."""
     if activation not in (None, "identity"):
@@ -66,7 +66,9 @@ def read_litgpt(
         )
     gate = "layer" if all(len(g) == 1 for _, g in tensors.values()) else "head"
     length = len(tensors[first][0])
-    return attach_tokens(m, name, length, tensors, gate, "identity", "litgpt", (), notes=(_SLICED,))
+    return attach_tokens(
+        m, name, length, tensors, gate, "identity", "litgpt", (), (_SLICED,), replace
+    )
 
 
 def write_litgpt(path: Path, prompts: list[Tensor], gates: list[Tensor], depth: int) -> ForeignFile:

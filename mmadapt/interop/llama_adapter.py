@@ -22,19 +22,20 @@ from mmadapt.interop.foreign import (
     attention_of,
     depth_of,
     load_pickle,
+    load_tensors,
     refuse_keys,
     some,
 )
 from mmadapt.interop.litgpt import is_litgpt, read_litgpt, write_litgpt
 from mmadapt.interop.llama_adapter_images import read_images
 from mmadapt.interop.llama_adapter_v2 import read_chat, write_chat
+from mmadapt.interop.peft_config import CONFIG, WEIGHTS, read_json, weights_at
 from mmadapt.interop.tokens import attach_tokens, attached_tokens, check_depth
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LAYOUTS = ("peft", "official", "official_v2", "litgpt")
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.adaption_(prompt|gate)(?:\.default)?\Z")
 
 
@@ -44,6 +45,7 @@ def read_llama_adapter(
     name: str = "default",
     activation: str | None = None,
     length: int | None = None,
+    replace: bool = False,
 ) -> ForeignFile:
     """Attach what a file of the authors or a folder of PEFT holds; strict about every key.
 
@@ -58,16 +60,16 @@ def read_llama_adapter(
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _read_peft(m, path, name, activation)
+        return _read_peft(m, path, name, activation, replace)
     tensors = load_pickle(path)
     if is_litgpt(tensors):
-        return read_litgpt(m, tensors, name, activation)
+        return read_litgpt(m, tensors, name, activation, replace)
     if "visual_query.weight" in tensors:
-        return read_images(m, tensors, name, activation)
+        return read_images(m, tensors, name, activation, replace)
     if "adapter_query.weight" in tensors:
-        return _read_official(m, tensors, name, activation, length)
+        return _read_official(m, tensors, name, activation, length, replace)
     if any(key.endswith(("_scale", "_bias")) for key in tensors):
-        return read_chat(m, tensors, name)
+        return read_chat(m, tensors, name, replace)
     raise AdapterFileError(
         f"{path} is no LLaMA-Adapter file: it holds {some(tensors)}",
         "expected adapter_query.weight, or layers.0.attention.wq_scale and others alike",
@@ -98,13 +100,10 @@ def write_llama_adapter(
 # -- tokens and gates ---------------------------------------------------------------------------------
 
 
-def _read_peft(m: Any, folder: Path, name: str, activation: str | None) -> ForeignFile:
-    from safetensors.torch import load_file
-
-    for wanted in (_CONFIG, _WEIGHTS):
-        if not (folder / wanted).is_file():
-            raise AdapterFileError(f"{folder} has no {wanted}", "PEFT writes both files")
-    config = json.loads((folder / _CONFIG).read_text())
+def _read_peft(
+    m: Any, folder: Path, name: str, activation: str | None, replace: bool
+) -> ForeignFile:
+    config: dict[str, Any] = read_json(folder / CONFIG)
     if config.get("peft_type") != "ADAPTION_PROMPT":
         raise AdapterFileError(
             f"{folder} holds PEFT's {config.get('peft_type')!r}, expected 'ADAPTION_PROMPT'"
@@ -113,11 +112,12 @@ def _read_peft(m: Any, folder: Path, name: str, activation: str | None) -> Forei
         raise AdapterFileError(
             f"activation is {activation!r}, and PEFT's gates have none", "leave it out"
         )
-    stored = load_file(folder / _WEIGHTS)
+    stored = load_tensors(weights_at(folder, WEIGHTS))
     matches = {key: _PEFT_KEY.fullmatch(key) for key in stored}
     found = {(int(k[1]), k[2]): stored[key] for key, k in matches.items() if k is not None}
     unexpected = [key for key, match in matches.items() if match is None]
-    length, count = config.get("adapter_len"), config.get("adapter_layers")
+    length: Any = config.get("adapter_len")
+    count: Any = config.get("adapter_layers")
     depth = depth_of(m)
     check_depth(count, depth)
     wanted = {(i, part) for i in range(depth - count, depth) for part in ("prompt", "gate")}
@@ -134,12 +134,17 @@ def _read_peft(m: Any, folder: Path, name: str, activation: str | None) -> Forei
     doubled = "PEFT adds the output projection's bias a second time, which this does not"
     return attach_tokens(
         m, name, length, tensors, "layer", "identity", "peft", (),
-        notes=(doubled,) if _output_bias(m) else (),
+        notes=(doubled,) if _output_bias(m) else (), replace=replace,
     )  # fmt: skip
 
 
 def _read_official(
-    m: Any, stored: dict[str, Tensor], name: str, activation: str | None, length: int | None
+    m: Any,
+    stored: dict[str, Tensor],
+    name: str,
+    activation: str | None,
+    length: int | None,
+    replace: bool,
 ) -> ForeignFile:
     if activation not in ("tanh", "identity"):
         raise AdapterFileError(
@@ -181,7 +186,7 @@ def _read_official(
     ignored = tuple(f"layers.{i}.attention.gate" for i in here if i not in top)
     gate = "layer" if all(len(g) == 1 for _, g in tensors.values()) else "head"
     return attach_tokens(
-        m, name, len(blocks[0]), tensors, gate, activation, "official", ignored, notes
+        m, name, len(blocks[0]), tensors, gate, activation, "official", ignored, notes, replace
     )
 
 
@@ -229,8 +234,8 @@ def _write_peft(
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(stored, folder / _WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(stored, folder / WEIGHTS[0], {"format": "pt"})
     return ForeignFile("peft", len(stored))
 
 

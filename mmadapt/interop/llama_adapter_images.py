@@ -31,7 +31,7 @@ _BIASES = {
 
 
 def read_images(
-    m: Any, stored: dict[str, Tensor], name: str, activation: str | None
+    m: Any, stored: dict[str, Tensor], name: str, activation: str | None, replace: bool
 ) -> ForeignFile:
     """Attach the tensors of a file that has been read; the report's `encoder` is its way to see."""
     from mmadapt.adapter import BiasScale, LlamaAdapter, Unlock
@@ -84,7 +84,7 @@ def read_images(
     last = numbers["LlamaAdapter"]
     for i, block in zip(range(depth - count, depth), rows.chunk(count), strict=True):
         values[f"{last}/text.layers[{i}].attn.heads:in/prompt"] = block
-    attachment = install_tensors(m, tuple(adapters), name, values)
+    attachment = install_tensors(m, tuple(adapters), name, values, replace)
     notes = ("pass what the encoder makes of CLIP's tokens: mm.context(m, visual=encoder(tokens))",)
     taken = len(places) + len(visual) + 1
     return ForeignFile("official_v2_images", taken, ignored, notes, attachment, encoder=encoder)

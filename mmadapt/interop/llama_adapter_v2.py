@@ -32,7 +32,7 @@ _LINEARS = {
 NORMS = {"attention_norm": "norm1", "ffn_norm": "norm2"}
 
 
-def read_chat(m: Any, stored: dict[str, Tensor], name: str) -> ForeignFile:
+def read_chat(m: Any, stored: dict[str, Tensor], name: str, replace: bool) -> ForeignFile:
     """Attach the tensors of a file that has been read."""
     from mmadapt.adapter import LlamaAdapter
 
@@ -52,7 +52,7 @@ def read_chat(m: Any, stored: dict[str, Tensor], name: str) -> ForeignFile:
                 )
             value = value.to(own.device, own.dtype) - own
         values[place] = halves(value, heads) if heads else value
-    attachment = install_tensors(m, LlamaAdapter.v2_chat("input"), name, values)
+    attachment = install_tensors(m, LlamaAdapter.v2_chat("input"), name, values, replace)
     return ForeignFile("official_v2", len(places), attachment=attachment)
 
 

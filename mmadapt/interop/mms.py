@@ -55,7 +55,11 @@ def mms_adapters(
 
 
 def read_mms(
-    m: Any, path: str | Path, language: str | None = None, name: str | None = None
+    m: Any,
+    path: str | Path,
+    language: str | None = None,
+    name: str | None = None,
+    replace: bool = False,
 ) -> ForeignFile:
     """Attach a language's adapter and output layer under its own name, or another.
 
@@ -94,7 +98,7 @@ def read_mms(
         else:
             values[f"0/{site}:out/{tensor}"] = stored[key]
     first = Unlock(at=OWN) if own else Bottleneck.mms(file.width)
-    attachment = install_tensors(m, (first, head), name or file.language, values)
+    attachment = install_tensors(m, (first, head), name or file.language, values, replace)
     notes = [f"{file.language}: {_own_classes(model)} output classes before, {file.classes} now"]
     if not file.tokens:
         notes.append(f"no {VOCABULARY} beside it names the classes")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.errors import AdapterFileError
-from mmadapt.interop.foreign import load_pickle, refuse_keys, some
+from mmadapt.interop.foreign import load_tensors, refuse_keys, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,17 +57,8 @@ def mms_file(path: str | Path, language: str | None = None) -> MMSFile:
 
 def opened(path: str | Path, language: str | None) -> tuple[MMSFile, dict[str, Tensor]]:
     """A language's file and its tensors, checked key by key."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = _found(Path(path).expanduser(), language)
-    if path.suffix == ".bin":
-        stored = load_pickle(path)
-    else:
-        try:
-            stored = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise AdapterFileError(f"{path} is no safetensors file: {error}") from None
+    stored = load_tensors(path)
     matches = {key: _KEY.fullmatch(key) for key in stored if key not in HEAD}
     layers = {int(match[2]) for match in matches.values() if match}
     unexpected = [key for key, match in matches.items() if match is None]

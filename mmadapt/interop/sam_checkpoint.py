@@ -49,7 +49,11 @@ _SAM_MED2D = {
 
 
 def read_med_sa(
-    m: Any, path: str | Path, depth: bool | None = None, name: str = "default"
+    m: Any,
+    path: str | Path,
+    depth: bool | None = None,
+    name: str = "default",
+    replace: bool = False,
 ) -> ForeignFile:
     """Attach a checkpoint of the released Med-SA code to a SAM of its size, in either library.
 
@@ -106,13 +110,17 @@ def read_med_sa(
             "backbone too while its adapters act",
             stacklevel=2,
         )
-    report = file.attach(m, adapter, name, "med_sa", places, ("decoder.",), tuple(sorted(left)))
+    report = file.attach(
+        m, adapter, name, "med_sa", places, ("decoder.",), tuple(sorted(left)), replace
+    )
     assert report.attachment is not None
     report.attachment.metadata["input"] = {"click_order": "row_col", "normalise": "0-1"}
     return report
 
 
-def read_sam_med2d(m: Any, path: str | Path, name: str = "default") -> ForeignFile:
+def read_sam_med2d(
+    m: Any, path: str | Path, name: str = "default", replace: bool = False
+) -> ForeignFile:
     """Attach a checkpoint of SAM-Med2D to a SAM of its size, in either library.
 
     Its adapters are loaded as `SAMMed2D`, its prompt encoder and mask decoder, where the file has
@@ -135,7 +143,9 @@ def read_sam_med2d(m: Any, path: str | Path, name: str = "default") -> ForeignFi
     squeeze = file.adapters["image_encoder.blocks.0.Adapter.channel.0.weight"]
     whole = bool(file.part("mask_decoder.") and file.part("prompt_encoder."))
     adapter = SAMMed2D(ratio=_ratio(squeeze), decoder="trained" if whole else "frozen")
-    report = file.attach(m, adapter, name, "sam_med2d", places, ("decoder.", "prompt."))
+    report = file.attach(
+        m, adapter, name, "sam_med2d", places, ("decoder.", "prompt."), (), replace
+    )
     side = file.image_side()
     if side:
         assert report.attachment is not None
@@ -191,6 +201,7 @@ class _File:
         places: Mapping[str, str],
         trained: tuple[str, ...],
         left: tuple[str, ...] = (),
+        replace: bool = False,
     ) -> ForeignFile:
         """Attach with the adapters' tensors, and those of SAM whose roles begin with `trained`."""
         here = self._here()
@@ -211,7 +222,7 @@ class _File:
             )
         if adapter.decoder != "trained":
             notes.append("the file has no mask decoder to attach; the backbone's own stays")
-        attachment = install_tensors(m, (adapter,), name, values)
+        attachment = install_tensors(m, (adapter,), name, values, replace)
         return ForeignFile(
             layout,
             len(values),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapt.core.backbone import unwrap
 from mmadapt.errors import AdapterFileError
-from mmadapt.interop.foreign import ForeignFile, install_tensors, refuse_keys, some
+from mmadapt.interop.foreign import ForeignFile, install_tensors, refuse_keys, some, unpickled
 from mmadapt.interop.sam import to_segment_anything
 
 if TYPE_CHECKING:
@@ -26,7 +26,12 @@ _LEVELS, _LAYERS = 4, 2
 
 
 def read_three_d_sam(
-    m: Any, path: str | Path, crop: int = 128, heads: int = 8, name: str = "default"
+    m: Any,
+    path: str | Path,
+    crop: int = 128,
+    heads: int = 8,
+    name: str = "default",
+    replace: bool = False,
 ) -> ForeignFile:
     """Attach what a checkpoint of the authors holds, to compute as their code does.
 
@@ -57,7 +62,7 @@ def read_three_d_sam(
         [key for part in parts for key in part.left()],
     )
     adapter = _adapter(values, mask, crop, heads)
-    attachment = install_tensors(m, (adapter,), name, values)
+    attachment = install_tensors(m, (adapter,), name, values, replace)
     skipped = tuple(sorted(key for part in parts for key in part.dropped))
     converted = sum(len(part.used) for part in parts)
     notes = (
@@ -69,24 +74,8 @@ def read_three_d_sam(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint, read without running code: tensors, plain values and numpy's numbers alone."""
-    import numpy
-    import torch
-
-    if not path.is_file():
-        raise AdapterFileError(f"there is no file {path}")
-    scalar = numpy.float64(0).__reduce__()[0]  # numpy's own function, wherever it lives
-    allowed: list[Any] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        numpy.dtype,
-        *(type(numpy.dtype(kind)) for kind in ("float32", "float64")),
-    ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise AdapterFileError(f"{path} cannot be read as tensors: {error}") from error
+    """The checkpoint with its parts."""
+    stored = unpickled(path)
     if not isinstance(stored, dict) or any(part not in stored for part in _PARTS):
         held = some(stored) if isinstance(stored, dict) else type(stored).__name__
         raise AdapterFileError(

@@ -21,6 +21,7 @@ def attach_tokens(
     layout: str,
     ignored: tuple[str, ...],
     notes: tuple[str, ...] = (),
+    replace: bool = False,
 ) -> ForeignFile:
     """Attach tokens (K, C) and gates of the layers of these indices, which are the top ones."""
     from mmadapt.adapter import LlamaAdapter
@@ -30,7 +31,7 @@ def attach_tokens(
     for i, (prompt, opening) in tensors.items():
         site = f"0/text.layers[{i}].attn.heads:in"
         values |= {f"{site}/prompt": prompt, f"{site}/gate": opening}
-    attachment = install_tensors(m, (adapter,), name, values)
+    attachment = install_tensors(m, (adapter,), name, values, replace)
     return ForeignFile(layout, 2 * len(tensors), ignored, notes, attachment)
 
 

@@ -6,10 +6,11 @@ He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning,
 Chen et al. 2022, AdaptFormer, arXiv:2205.13535
 Steitz and Roth 2024, Adapters Strike Back (Adapter+), arXiv:2406.06820
 
-    y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential), x (parallel) or the residual stream
+    y + s·(act(z·Dᵀ + b_d)·Uᵀ + b_u),   z = y (sequential), x (parallel), the residual stream r,
+                                        or r + y, what the branch makes of it (joined)
     x + s·(act(x·Dᵀ + b_d)·Uᵀ + b_u)    at the `in` port, before a branch
 
-with a LayerNorm on z or on the change, and s a number, a trained number or one a channel. While
+with a LayerNorm on z, on the change or on both, and s a number, a trained number or one a channel. While
 training, a row's whole change is dropped with a probability (stochastic depth, Adapter+). U and
 both biases start at zero, so that the layer starts as the identity; D is drawn as torch's linear
 layers draw it. The start "houlsby" draws D and U from N(0, 0.01²) within two deviations.
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 class BottleneckLayer(Layer):
     """Parameters: down (H, C_in), down_bias (H,), up (C, H), up_bias (C,).
 
-    With a trained scale also scale () or (C,), with a norm norm_weight and norm_bias.
+    With a trained scale also scale () or (C,), with a norm norm_weight and norm_bias, with both those of
+    the one before, and after_weight and after_bias.
     """
 
     why_not_merge = "an activation stands between its two projections"
@@ -53,7 +55,8 @@ class BottleneckLayer(Layer):
     def __init__(self, adapter: Bottleneck, site: SiteView, generator: torch.Generator) -> None:
         super().__init__()
         self.parallel = adapter.placement == "parallel"
-        if adapter.placement == "residual":
+        self.joined = adapter.placement == "joined"
+        if adapter.placement in ("residual", "joined"):
             self.taps = ("residual",)  # type: ignore[misc]
         if self.parallel and site.span.layout == "BD":
             raise AdapterError(
@@ -95,17 +98,18 @@ class BottleneckLayer(Layer):
             self.scale = empty(site, *(() if adapter.scale_kind == "learned" else (outputs,)))
             nn.init.constant_(self.scale, adapter.scale)
         if self.norm != "none":
-            normed = channels if self.norm == "before" else outputs
-            self.norm_weight, self.norm_bias = empty(site, normed), empty(site, normed)
-            nn.init.ones_(self.norm_weight)
-            nn.init.zeros_(self.norm_bias)
+            normed = outputs if self.norm == "after" else channels
+            self.norm_weight, self.norm_bias = _fresh_norm(site, normed)
+        if self.norm == "both":
+            self.after_weight, self.after_bias = _fresh_norm(site, outputs)
 
     def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
         return self._added(x, x)
 
     def after(self, acc: Tensor, y: Tensor, x: Tensor, context: Context, site: SiteView) -> Tensor:
         if self.taps:
-            return self._added(acc, context.read(site.taps["residual"]))
+            residual = context.read(site.taps["residual"])
+            return self._added(acc, residual + y if self.joined else residual)
         return self._added(acc, x if self.parallel else y)
 
     def _added(self, acc: Tensor, z: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class BottleneckLayer(Layer):
         if self.axis != -1:
             z = z.movedim(self.axis, -1)
         dropping = self.drop_path and self.training
-        whole = self.axis == -1 and self.norm != "after" and not dropping
+        whole = self.axis == -1 and not self.norm_after and not dropping
         delta = bottleneck(
             acc if whole else None,
             z,
@@ -124,12 +128,14 @@ class BottleneckLayer(Layer):
             self.activation,
             self.scale,
             self.dropout if self.training else 0.0,
-            (self.norm_weight, self.norm_bias) if self.norm == "before" else None,
+            (self.norm_weight, self.norm_bias) if self.norm in ("before", "both") else None,
         )
         if whole:
             return delta
         if self.norm == "after":
             delta = layer_norm(delta, self.norm_weight, self.norm_bias)
+        if self.norm == "both":
+            delta = layer_norm(delta, self.after_weight, self.after_bias)
         if self.axis != -1:
             delta = delta.movedim(-1, self.axis)
         if dropping:
@@ -137,9 +143,14 @@ class BottleneckLayer(Layer):
         return acc + (delta if delta.dtype == acc.dtype else delta.to(acc.dtype))
 
     @property
+    def norm_after(self) -> bool:
+        """Whether the change itself is normed."""
+        return self.norm in ("after", "both")
+
+    @property
     def rowwise(self) -> bool:
         """Rows may choose where channels are the last axis, no change is normed and no tap is read."""
-        return self.axis == -1 and self.norm != "after" and not self.taps
+        return self.axis == -1 and not self.norm_after and not self.taps
 
     def fuses_rows(self, y: Tensor, x: Tensor) -> bool:
         if self.training and (self.dropout or self.drop_path):
@@ -189,3 +200,10 @@ class BottleneckLayer(Layer):
         if not isinstance(self.scale, Tensor):
             return {}
         return {"scale": float(self.scale.detach().float().mean())}
+
+
+def _fresh_norm(site: SiteView, channels: int) -> tuple[nn.Parameter, nn.Parameter]:
+    weight, bias = empty(site, channels), empty(site, channels)
+    nn.init.ones_(weight)
+    nn.init.zeros_(bias)
+    return weight, bias

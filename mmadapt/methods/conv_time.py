@@ -6,7 +6,9 @@ Transformers, arXiv:2312.03694
     y + s·(silu(norm(conv(glu(norm(x)·Dᵀ + b_d))))·Uᵀ + b_u)
 
 conv takes each channel by itself. The authors norm over the batch behind it; a LayerNorm here keeps
-clips apart. `ConvPass1d`: Guo et al. 2023, Audio-Visual Deception Detection: DOLOS Dataset and
+clips apart.
+
+`ConvPass1d`: Guo et al. 2023, Audio-Visual Deception Detection: DOLOS Dataset and
 Parameter-Efficient Crossmodal Learning, arXiv:2303.12745
 
     y + s·(g(conv(g(x·Dᵀ + b_d)))·Uᵀ + b_u),   g(z) = z·σ(1.702 z)

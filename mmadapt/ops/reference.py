@@ -272,11 +272,16 @@ def cache_votes(
     Equals the product with one-hot labels, without building them.
     """
     unit = F.normalize(features.to(keys.dtype), dim=-1)
-    affinity = torch.exp(-sharpness * (1 - F.linear(unit, keys)))  # (B, N)
+    return votes(F.linear(unit, keys), labels, classes, sharpness).to(features.dtype)
+
+
+def votes(cosines: Tensor, labels: Tensor, classes: int, sharpness: Tensor | float) -> Tensor:
+    """The same from cosines (B, N) between features and keys."""
+    affinity = torch.exp(-sharpness * (1 - cosines))
     filled = labels >= 0
     affinity = affinity * filled.to(affinity.dtype)
-    votes = affinity.new_zeros(affinity.shape[0], classes)
-    return votes.index_add(1, labels.clamp(min=0), affinity).to(features.dtype)
+    found = affinity.new_zeros(affinity.shape[0], classes)
+    return found.index_add(1, labels.clamp(min=0), affinity)
 
 
 def by_row(z: Tensor, dtype: torch.dtype) -> Tensor:

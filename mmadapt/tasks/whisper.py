@@ -9,6 +9,7 @@ model.generate(features.batch(clips).inputs["input_features"])
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,14 +18,17 @@ from mmadapt.core.backbone import unwrap_model
 from mmadapt.errors import BackboneError, DataError
 from mmadapt.tasks.audio.batch import Batch, check_clips
 from mmadapt.tasks.audio.clip import Audio
+from mmadapt.tasks.audio.levels import SILENT, decibels
 from mmadapt.tasks.audio.windows import windows
 
 if TYPE_CHECKING:
+    import numpy
     from torch import Tensor
 
 #: what a loss leaves out
 IGNORED = -100
 _HOP, _LEAST = 160, 400
+_TOKENS = "give what the tokenizer made of it: tokenizer(text).input_ids"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class WhisperFeatures:
         return round(self.seconds * self.rate)
 
     def batch(self, clips: Sequence[Audio], tokens: Any = None) -> Batch:
-        """`input_features` of the clips, with `labels` where their tokens are given."""
+        """`input_features` of the clips, with `labels` where their tokens are given.
+
+        Warns of silent clips that have tokens.
+        """
         from transformers import WhisperFeatureExtractor
 
         checked = check_clips(clips, self.rate, _LEAST)
@@ -103,6 +110,7 @@ class WhisperFeatures:
                 raise DataError(
                     f"{len(checked)} clips have the tokens of {len(inputs['labels'])} texts"
                 )
+            _warn_of_silence([clip.samples[: self.samples] for clip in checked], inputs["labels"])
         frames = [min(len(clip), self.samples) // _HOP for clip in checked]
         return Batch(inputs, torch.tensor(frames))
 
@@ -113,36 +121,55 @@ class WhisperFeatures:
         """
         import torch
 
-        rows = [torch.as_tensor(text).flatten().tolist() for text in texts]
+        rows = [_numbers(place, text) for place, text in enumerate(texts)]
         rows = [row[1:] if row and row[0] == self.start else row for row in rows]
         for place, row in enumerate(rows):
-            if not row or any(not isinstance(token, int) for token in row):
-                raise DataError(
-                    f"text {place} has no tokens"
-                    if not row
-                    else f"text {place} holds {row[0]!r}, expected ids of tokens",
-                    "give what the tokenizer made of it: tokenizer(text).input_ids",
-                )
-            if len(row) > self.most_tokens:
-                raise DataError(
-                    f"text {place} has {len(row)} tokens, and Whisper's decoder takes {self.most_tokens}",
-                    "cut the clip and its text into parts",
-                )
-            top = self.vocabulary
-            wrong = [t for t in row if t != IGNORED and (t < 0 or (top is not None and t >= top))]
-            if wrong:
-                raise DataError(
-                    f"text {place} has the token {wrong[0]}, expected ids from 0 to {top}"
-                    if top is None
-                    else f"text {place} has the token {wrong[0]}, and the model knows 0 to {top - 1}",
-                    "use the tokenizer of this model",
-                )
+            self._check_tokens(place, row)
         if not rows:
             raise DataError("there are no texts")
         whole = torch.full((len(rows), max(map(len, rows))), IGNORED)
         for place, row in enumerate(rows):
             whole[place, : len(row)] = torch.tensor(row)
         return whole
+
+    def _check_tokens(self, place: int, row: list[Any]) -> None:
+        if not row:
+            raise DataError(f"text {place} has no tokens", _TOKENS)
+        if any(not isinstance(token, int) for token in row):
+            raise DataError(f"text {place} holds {row[0]!r}, expected ids of tokens", _TOKENS)
+        if len(row) > self.most_tokens:
+            raise DataError(
+                f"text {place} has {len(row)} tokens, and Whisper's decoder takes {self.most_tokens}",
+                "cut the clip and its text into parts",
+            )
+        top = self.vocabulary
+        wrong = [t for t in row if t != IGNORED and (t < 0 or (top is not None and t >= top))]
+        if wrong:
+            most = "" if top is None else f" to {top - 1}"
+            raise DataError(
+                f"text {place} has the token {wrong[0]}, and the model knows those from 0{most}",
+                "use the tokenizer of this model",
+            )
+
+
+def _numbers(place: int, text: Any) -> list[Any]:
+    import torch
+
+    try:
+        return torch.as_tensor(text).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"text {place} is {text!r}, expected ids of tokens", _TOKENS) from None
+
+
+def _warn_of_silence(heard: list[numpy.ndarray], labels: Tensor) -> None:
+    for place, samples in enumerate(heard):
+        if decibels(samples) < SILENT:
+            count = int((labels[place] != IGNORED).sum())
+            warnings.warn(
+                f"clip {place} is silent, and Whisper learns to write {count} tokens for it: leave it out "
+                "unless they say that nothing was said",
+                stacklevel=3,
+            )
 
 
 def generate_parts(

@@ -42,7 +42,7 @@ def fit(
     checkpoint: Checkpoint | str | Path | None = None,
     log: Any = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Progress = True,
     label: str = "fit",
 ) -> History:
     """Train whatever of `m` requires a gradient: the active adapters, or a whole model.
@@ -62,7 +62,8 @@ def fit(
 
     The backbone is in eval mode and the active adapters in train mode meanwhile; all flags are as
     before afterwards. The first Ctrl-C ends the run after the present batch, keeps what was learned
-    and returns the history so far; the second raises. Raises `CheckError` at a loss, gradient or
+    and returns the history so far; the second raises. `progress` shows a bar or not, or is a `Progress`
+    that shows something else and can ask for an end as well. Raises `CheckError` at a loss, gradient or
     update that is not finite, with the last good values in place.
 
     Under `accelerate launch` or torchrun all processes train together: rows of tensors are shared
@@ -101,7 +102,7 @@ def fit(
     history = History(steps=steps, parameters=sum(t.numel() for t in trained.values()))
     with (
         train_mode(m),
-        Progress(label, steps, progress and processes.main) as shown,
+        _shown(progress, label, steps, processes.main) as shown,
         Interruption(shown.show and not in_notebook()) as interruption,
         torch.enable_grad(),
     ):
@@ -203,7 +204,7 @@ class _Loop:
         return True
 
     def asked(self) -> bool:
-        return self.run.processes.any(self.interruption.asked)
+        return self.run.processes.any(self.interruption.asked or self.shown.stopping)
 
     def text(self) -> str:
         """The live line: the loss, and what was evaluated last."""
@@ -250,6 +251,13 @@ class _Loop:
             self.said.add(subject)
             self.history.notes.append(text)
             warnings.warn(text, stacklevel=5)
+
+
+def _shown(progress: bool | Progress, label: str, steps: int, main: bool) -> Progress:
+    if isinstance(progress, Progress):
+        progress.total, progress.show = steps, progress.show and main
+        return progress
+    return Progress(label, steps, progress and main)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import html
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmadapt.core.figure import GREY, drawn, new_figure
+from mmadapt.core.svg import curve_svg
 from mmadapt.core.table import Table
-from mmadapt.train.progress import curve_svg
 
 
 @dataclass
@@ -46,25 +48,22 @@ class History:
             table.rows.append((f"{start + 1}–{end}", *cells))
         return table
 
+    @drawn
     def plot(self) -> Any:
         """A matplotlib figure: the loss of each step, and every evaluated value below it."""
-        from matplotlib.figure import Figure
-
         names = list(dict.fromkeys(name for _, found in self.evaluations for name in found))
-        figure = Figure(figsize=(7.5, 2.6 * (1 + bool(names))), layout="constrained")
+        figure = new_figure(7.5, 2.6 * (1 + bool(names)))
         axes = figure.subplots(1 + bool(names), sharex=True, squeeze=False)[:, 0]
-        axes[0].plot(range(1, len(self.losses) + 1), self.losses, linewidth=1)
+        axes[0].plot(range(1, len(self.losses) + 1), self.losses)
         axes[0].set_ylabel("loss")
         for name in names:
             points = [(step, found[name]) for step, found in self.evaluations if name in found]
-            axes[1].plot(*zip(*points, strict=True), marker=".", label=name, linewidth=1)
+            axes[1].plot(*zip(*points, strict=True), marker=".", label=name)
         if names:
-            axes[1].legend(fontsize=8)
+            axes[1].legend()
         if self.best is not None:
-            axes[-1].axvline(self.best, color="0.6", linewidth=0.8, linestyle=":")
+            axes[-1].axvline(self.best, color=GREY, linewidth=0.8, linestyle=":")
         axes[-1].set_xlabel("step")
-        for one in axes:
-            one.spines[["top", "right"]].set_visible(False)
         return figure
 
     def to_csv(self, path: str | Path) -> Path:
@@ -101,4 +100,13 @@ class History:
         )
 
     def _repr_html_(self) -> str:
-        return f"{curve_svg(self.losses)}<code>{self!r}</code>"
+        last = [
+            f"{name} {value:.4g}" for name, value in (self.evaluations or [(0, {})])[-1][1].items()
+        ]
+        lines = [
+            repr(self),
+            *([f"last evaluation: {', '.join(last)}"] if last else []),
+            *self.notes,
+        ]
+        said = "".join(f"<div><code>{html.escape(text)}</code></div>" for text in lines)
+        return curve_svg(self.losses) + said

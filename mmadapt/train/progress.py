@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from mmadapt.core.svg import curve_svg
+
 
 def in_notebook() -> bool:
     """Whether rich output is shown: an IPython kernel, not a terminal."""
@@ -32,6 +34,8 @@ class Progress:
         self.show = show
         self.unit = unit
         self.done = 0
+        #: set by `stop`, and read by whoever makes the steps
+        self.stopping = False
         self._text = ""
         self._curve: Sequence[float] = ()
         self._notes: list[str] = []
@@ -63,6 +67,10 @@ class Progress:
         if self.show and self._bar is None and time.monotonic() - self._last > 0.25:
             self._draw(final=False)
 
+    def stop(self) -> None:
+        """Ask for the end after the present step, from any thread."""
+        self.stopping = True
+
     def note(self, text: str) -> None:
         """Say something once, beside the steps."""
         self._notes.append(text)
@@ -92,6 +100,14 @@ class Progress:
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
         self._last = time.monotonic()
+        bundle = self.bundle(final)
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+    def bundle(self, final: bool) -> dict[str, str]:
+        """What is shown now, as text and HTML; the `final` form has no bar."""
         text = f"{self.label}: {self._count()}  {self._text}".rstrip()
         text = "\n".join([text, *self._notes])
         bar = (
@@ -100,37 +116,8 @@ class Progress:
             else f'<progress max="{self.total}" value="{self.done}" style="vertical-align:middle">'
             "</progress> "
         )
-        bundle = {
+        return {
             "text/plain": text,
             "text/html": f"{curve_svg(self._curve)}{bar}<code style='white-space:pre-wrap'>"
             f"{html.escape(text)}</code>",
         }
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
-
-
-def curve_svg(values: Sequence[float], width: int = 360, height: int = 90) -> str:
-    """A small curve as inline SVG, readable in any front end; empty for fewer than two values."""
-    points = [value for value in values if value == value and abs(value) != float("inf")]
-    if len(points) < 2:
-        return ""
-    step = max(1, len(points) // width)
-    points = [
-        sum(points[i : i + step]) / len(points[i : i + step]) for i in range(0, len(points), step)
-    ]
-    low, high = min(points), max(points)
-    spread = (high - low) or 1.0
-    path = " ".join(
-        f"{i * (width - 2) / max(1, len(points) - 1) + 1:.1f},"
-        f"{height - 14 - (value - low) / spread * (height - 28):.1f}"
-        for i, value in enumerate(points)
-    )
-    return (
-        f'<svg width="{width}" height="{height}" role="img" aria-label="loss curve" '
-        'style="display:block;background:#fff">'
-        f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
-        f'<text x="2" y="11" font-size="10" fill="#555">{high:.4g}</text>'
-        f'<text x="2" y="{height - 2}" font-size="10" fill="#555">{low:.4g}</text></svg>'
-    )

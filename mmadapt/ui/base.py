@@ -9,7 +9,6 @@ canvas are no widget's state, so that nothing large is saved even by a front end
 from __future__ import annotations
 
 import html
-import io
 import sys
 import threading
 import weakref
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmadapt.core.figure import png
 from mmadapt.errors import MissingDependencyError, MmadaptError
 from mmadapt.train.progress import in_notebook
 
@@ -30,13 +30,6 @@ _HIDE_PICTURE = (
     "<style>.jp-OutputArea-child:has(.mmadapt-live) + .jp-OutputArea-child .jp-RenderedImage"
     "{display:none}</style>"
 )
-
-
-def png_of(figure: Any, dpi: int = 80) -> bytes:
-    """A matplotlib figure as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
 
 
 class View:
@@ -104,7 +97,7 @@ class View:
         self._pictures.append(display(self._still(), raw=True, display_id=True))
 
     def _still(self) -> dict[str, Any]:
-        return {"text/plain": self._text(), "image/png": png_of(self.figure())}
+        return {"text/plain": self._text(), "image/png": png(self.figure(), dpi=80)}
 
     def _live(self) -> dict[str, Any]:
         if not in_notebook():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import Any
+
+from mmadapt.core.figure import drawn, img, new_figure, png
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
@@ -45,14 +45,9 @@ class Page:
 
     def figure(self, figure: Any, caption: str) -> None:
         """A matplotlib figure, with a caption that also serves those who cannot see it."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        data = base64.b64encode(buffer.getvalue()).decode()
+        picture = img(png(figure, dpi=130), caption)
         text = html.escape(caption)
-        self._parts.append(
-            f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
+        self._parts.append(f"<figure>{picture}<figcaption>{text}</figcaption></figure>")
 
     def write(self, path: Path) -> Path:
         """Write the file and return its path."""
@@ -69,14 +64,11 @@ class Page:
         return path
 
 
+@drawn
 def image_grid(images: Any, captions: Any, columns: int = 8, title: str = "") -> Any:
     """A matplotlib figure of small images (uint8 (H, W, 3) or PIL) with a caption under each."""
-    from matplotlib.figure import Figure
-
     rows = -(-len(images) // columns)
-    figure = Figure(
-        figsize=(1.1 * columns, 1.3 * rows + (0.3 if title else 0)), layout="constrained"
-    )
+    figure = new_figure(1.1 * columns, 1.3 * rows + (0.3 if title else 0))
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for place, axis in enumerate(axes):
         axis.axis("off")
@@ -84,20 +76,18 @@ def image_grid(images: Any, captions: Any, columns: int = 8, title: str = "") ->
             axis.imshow(images[place], interpolation="nearest")
             axis.set_title(captions[place], fontsize=7, y=-0.24)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title)
     return figure
 
 
+@drawn
 def loss_figure(losses: dict[str, list[float]], label: str = "cross-entropy") -> Any:
     """Training loss over steps, a line a name; `label` says what it is."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    figure = new_figure(7.5, 3)
     axes = figure.add_subplot()
     for name, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1)
+        axes.plot(range(1, len(values) + 1), values, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
     return figure

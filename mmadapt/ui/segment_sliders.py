@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmadapt.ui.base import ipywidgets, png_of
+from mmadapt.core.figure import png
+from mmadapt.ui.base import ipywidgets
 from mmadapt.ui.volume_scene import VolumeScene
 
 
@@ -35,7 +36,7 @@ class Sliders:
 
     def refresh(self) -> None:
         """Draw the figure."""
-        self.picture.value = png_of(self.view.figure())
+        self.picture.value = png(self.view.figure(), dpi=80)
         if self.moves:
             self._refreshing = True
             try:

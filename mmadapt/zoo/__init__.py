@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from mmadapt.zoo.loading import load
     from mmadapt.zoo.manifest import entry, list, register, search
     from mmadapt.zoo.obtain import get
+    from mmadapt.zoo.upload import Upload, push
 
 #: each comes from its module at its first use: listing needs no HTTP client, and only load needs torch
 _HOME = {
     "Entry": "entries",
     "File": "files",
+    "Upload": "upload",
     "cached": "keeping",
     "entry": "manifest",
     "get": "obtain",
     "import_file": "keeping",
     "list": "manifest",
     "load": "loading",
+    "push": "upload",
     "register": "manifest",
     "rm": "keeping",
     "search": "manifest",

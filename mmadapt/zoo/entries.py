@@ -137,13 +137,13 @@ class Entry:
         return self.homepage or self.source.get("manual") or self.source.get("urls", [""])[0]
 
     def require_base(self, other: Entry | None) -> None:
-        """Refuse an adapter for another backbone than `other`; one that is in no zoo may be any.
+        """Refuse an adapter for another backbone than `other`; one of no zoo, or of the hub, may be any.
 
         A backbone's variants for several libraries hold the same weights and differ in their last part.
         """
-        if not self.base or other is None or other.name == self.base:
+        if not self.base or other is None or other.name.startswith("hf:"):
             return
-        if other.name.startswith((f"{self.base}/", f"{self.base}-")):
+        if other.name == self.base or other.name.startswith((f"{self.base}/", f"{self.base}-")):
             return
         if self.base_sha256 and self.base_sha256 == other.sha256:
             return
@@ -162,7 +162,7 @@ class Entry:
     def __repr__(self) -> str:
         numbers = "" if self.parameters is None else f"{count(self.parameters)} parameters, "
         if self.kind == "adapter":
-            load = f'mmadapt.zoo.get("{self.name}")'
+            load = f'mmadapt.load_adapter(backbone, "{self.name}")'
         else:
             load = f'mmadapt.load("{self.name}")'
         pinned = "" if self.pinned else "\n  not pinned: the first download records what it got"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmadapt.errors import ZooError
@@ -13,7 +13,9 @@ from mmadapt.errors import ZooError
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 #: what a backbone needs beside its weights
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
+BESIDE = (
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "bpe.txt.gz", "README.md", "LICENSE*",
+)  # fmt: skip
 TOKENIZER = (
     "bpe.txt.gz",
     "chat_template.jinja",
@@ -51,6 +53,14 @@ class File:
             value = getattr(self, name)
             if value and not (isinstance(value, str) and pattern.fullmatch(value)):
                 raise ZooError(f"{self.path}: {name} is {value!r}, expected lower-case hex digits")
+
+    @classmethod
+    def of(cls, path: str | Path) -> File:
+        """A file on this machine, with its size and digest, as an entry pins it."""
+        from mmadapt.zoo.digests import digest_of
+
+        path = Path(path).expanduser()
+        return cls(path.name, role_of(path.name), path.stat().st_size, digest_of(path)[0])
 
     @property
     def pinned(self) -> bool:

@@ -14,6 +14,8 @@ from mmadapt.zoo.obtain import get, here, resolve
 if TYPE_CHECKING:
     import torch
 
+    from mmadapt.zoo.places import Found
+
 PRECISIONS = {
     "fp32": "float32",
     "float32": "float32",
@@ -59,8 +61,8 @@ def load(
             )
         folder = get(item, offline=offline, token=token, progress=progress)
         found, _ = here(item)
-        if found is not None:  # from now on, the entry says which version it is
-            item = replace(item, files=found.files, revision=found.revision or item.revision)
+        if found is not None:
+            item = _as_found(item, found)
     else:
         raise ZooError(
             f"expected a zoo name or a folder, got {type(name).__name__}",
@@ -73,6 +75,15 @@ def load(
     if device is not None:
         backbone.model.to(device)
     return backbone
+
+
+def _as_found(item: Entry, found: Found) -> Entry:
+    """The entry of what was loaded: it says which version this is, and on which terms it came."""
+    licence = item.licence
+    if licence["weights"] == "unknown" and found.licence not in ("", "unknown"):
+        licence = {**licence, "weights": found.licence, "declared_by": "its page on the hub"}
+    revision = found.revision or item.revision
+    return replace(item, files=found.files, revision=revision, licence=licence)
 
 
 def _precision(dtype: Any) -> torch.dtype | None:

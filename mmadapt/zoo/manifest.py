@@ -46,6 +46,11 @@ class Entries(builtins.list[Entry]):
         table.title = f"{len(self)} entries"
         return table
 
+    def __getitem__(self, place: Any) -> Any:
+        """An entry, or of a slice the table of fewer."""
+        found = super().__getitem__(place)
+        return Entries(found) if isinstance(place, slice) else found
+
     def __repr__(self) -> str:
         return repr(self.table())
 

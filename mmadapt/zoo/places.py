@@ -33,6 +33,8 @@ class Found:
     files: tuple[File, ...]
     where: str
     revision: str = ""
+    #: what their server said when they were fetched
+    licence: str = ""
 
 
 def own_root() -> Path:
@@ -200,7 +202,8 @@ def _in_roots(item: Entry, patterns: Patterns) -> Iterator[Found]:
         folder = root / slug(item) / key_of(item, commit)
         record = read_record(folder)
         if record is not None:
-            yield Found(folder, wanted(item, record.files, patterns), where, commit)
+            files = wanted(item, record.files, patterns)
+            yield Found(folder, files, where, commit, record.licence)
         elif item.pinned and patterns is None:
             yield Found(folder, item.files, where, commit)
 

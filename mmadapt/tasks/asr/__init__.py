@@ -5,7 +5,7 @@ from mmadapt.tasks import asr
 ctc = mm.load("tiny/ctc")
 listen = asr.Recogniser(ctc)
 mm.attach(ctc, mm.ConvAdapter(32), name="whisper")
-mm.fit(ctc, listen.batches(clips, texts), loss=asr.CTCLoss(), lr=1e-2)
+mm.fit(ctc, listen.batches(clips, texts), loss=asr.CTCLoss(), lr=4.8e-2)
 asr.compare(listen, {"whisper": (test_clips, test_texts), "known voices": source})
 """
 

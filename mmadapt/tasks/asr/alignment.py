@@ -8,14 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmadapt.core.figure import ORANGE, SKY, VERMILION
 from mmadapt.errors import DataError, MissingDependencyError
 
 if TYPE_CHECKING:
     from mmadapt.tasks.asr.decode import Word
 
 Unit = Literal["word", "character"]
-#: letter and colour of each kind of difference; the letters are for those who do not see the colours
-_KINDS = {"": ("", ""), "S": ("S", "#b45309"), "D": ("D", "#b91c1c"), "I": ("I", "#1d4ed8")}
+#: colours behind the kinds of difference, whose letters are for those who do not see the colours
+_COLOURS = {"S": ORANGE, "D": VERMILION, "I": SKY}
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,12 @@ class Alignment:
         if self.times:
             cells["s"] = []
         for place, (kind, before, after) in enumerate(self.pairs):
-            letter, colour = _KINDS[kind]
-            style = f"padding:1px 6px;color:{colour};font-weight:600" if kind else "padding:1px 6px"
-            for row, text in (("said", before), ("heard", after), ("", letter)):
+            style = "padding:1px 6px"
+            if (
+                kind
+            ):  # a third of the colour, so that the page's text is legible on it, dark or light
+                style += f";background:{_COLOURS[kind]}55;font-weight:600"
+            for row, text in (("said", before), ("heard", after), ("", kind)):
                 cells[row].append(f'<td style="{style}">{html.escape(_visible(text))}</td>')
             if self.times:
                 time = self.times[place]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mmadapt.errors import DataError
 from mmadapt.tasks.asr.loss import frames_needed
 from mmadapt.tasks.asr.vocabulary import Unknown, Vocabulary
+from mmadapt.tasks.asr.wording import check_texts
 from mmadapt.tasks.audio.batch import check_clips
 from mmadapt.tasks.audio.clip import Audio
 from mmadapt.tasks.audio.levels import SILENT, decibels
@@ -25,7 +26,8 @@ class Batches:
 
     Clips of like length stand together, so that little is padding. Clips with fewer frames than their
     text needs are left out, with a warning, and are in `left_out`; silent clips with a text are
-    refused, as are characters the vocabulary lacks unless `unknown="drop"`.
+    refused, as are characters the vocabulary lacks unless `unknown="drop"`; texts of which that leaves
+    nothing are warned of.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Batches:
             raise DataError(f"size is {size!r}, expected a whole number of at least 1")
         if len(clips) != len(texts):
             raise DataError(f"{len(clips)} clips and {len(texts)} texts, expected one text a clip")
+        check_texts(texts)
         checked = check_clips(clips, features.rate, features.least)
         for place, (clip, text) in enumerate(zip(checked, texts, strict=True)):
             if text.strip() and decibels(clip.samples) < SILENT:
@@ -56,6 +59,7 @@ class Batches:
         self.features, self.vocabulary, self.size, self.seed = features, vocabulary, size, seed
         self.epoch = 0
         self.clips, self.labels = checked, [vocabulary.ids(text, unknown) for text in texts]
+        self._warn_of_dropped(texts)
         self.frames = [features.frames(len(clip)) for clip in checked]
         needed = [int(frames_needed(torch.tensor([own or [-1]]))[0]) for own in self.labels]
         #: places of clips whose text does not fit
@@ -72,6 +76,15 @@ class Batches:
             if not self.used:
                 raise DataError(told, "are the texts those of these clips?")
             warnings.warn(f"{told}; they are left out", stacklevel=2)
+
+    def _warn_of_dropped(self, texts: Sequence[str]) -> None:
+        lost = [i for i, own in enumerate(self.labels) if not own and texts[i].strip()]
+        if lost:
+            warnings.warn(
+                f"nothing is left of {len(lost)} of {len(texts)} texts, the first text {lost[0]}: "
+                f"{texts[lost[0]]!r}; their clips are learnt as silence",
+                stacklevel=4,
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Which order comes next; `mm.fit` calls it."""

@@ -98,7 +98,13 @@ def compare(listen: Recogniser, sets: Mapping[str, Speech], batch_size: int = 16
     if not sets:
         raise DataError("there is nothing to compare on", '{"new speakers": (clips, texts)}')
     found = {}
-    for name, (clips, texts) in sets.items():
+    for name, speech in sets.items():
+        if len(speech) != 2 or len(speech[0]) != len(speech[1]):
+            raise DataError(
+                f"the set {name!r} is no pair of as many clips as texts",
+                '{"new speakers": (clips, texts)}',
+            )
+        clips, texts = speech
         with disabled(listen.backbone):
             off = listen.transcribe(clips, batch_size)
         on = listen.transcribe(clips, batch_size)

@@ -10,6 +10,7 @@ import numpy
 
 from mmadapt.errors import DataError
 from mmadapt.tasks.asr.decode import Greedy, Transcript, Word
+from mmadapt.tasks.audio.batch import check_clip
 from mmadapt.tasks.audio.clip import Audio
 from mmadapt.tasks.audio.levels import check_samples
 from mmadapt.train.flags import eval_mode
@@ -43,10 +44,9 @@ def chunked_logits(listen: Recogniser, clip: Audio, chunks: Chunks = Chunks()) -
     """Logits (T, V) of a whole recording, T as if it were heard at once."""
     import torch
 
+    check_clip(clip, listen.features.rate, listen.features.least)
     clip, features = listen.level(clip)
     total = features.frames(len(clip))
-    if not total:
-        raise DataError(f"{len(clip)} samples make no frame", f"{features.least} at least")
     keep, before, after = _frames(listen, chunks)
     found = []
     for first in range(0, total, keep):

@@ -7,12 +7,15 @@ Recurrent Neural Networks, ICML
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmadapt.errors import CheckError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_MADE_BY = "Recogniser.batches(clips, texts) makes batches of the right kind"
 
 
 def frames_needed(labels: Tensor) -> Tensor:
@@ -41,11 +44,13 @@ class CTCLoss:
     def __call__(self, model: Any, batch: Any) -> Tensor:
         from torch.nn import functional as F
 
+        if not isinstance(batch, Mapping):
+            raise DataError(f"the batch is a {type(batch).__name__}, expected a mapping", _MADE_BY)
         for name in ("labels", "frames"):
             if name not in batch:
                 raise DataError(
                     f"the batch lacks {name!r}; it holds {', '.join(batch)}",
-                    "Recogniser.batches(clips, texts) makes batches of the right kind",
+                    _MADE_BY,
                 )
         labels, frames = batch["labels"], batch["frames"]
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "frames")}

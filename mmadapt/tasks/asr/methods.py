@@ -1,4 +1,4 @@
-"""Ways to teach a CTC model new speakers, each at the rate it was given in the study."""
+"""Ways to teach a CTC model new speakers, each at the rate that `benchmarks/speech_rates.py` chose."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from mmadapt.tasks.audio.clip import Audio
 from mmadapt.train.fit import fit
 from mmadapt.train.history import History
 
-ADAPTER_RATE, WHOLE_RATE = 1.2e-2, 1.5e-3
-
 
 @dataclass(frozen=True)
 class Method:
     """What is trained, None for the whole model, and the peak learning rate."""
 
     adapter: Adapter | None
-    rate: float = ADAPTER_RATE
+    rate: float
     #: its sites, where they are not the adapter's own
     at: tuple[str, ...] | None = None
 
@@ -35,14 +33,21 @@ BIASES = tuple(
     for part in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "norm1", "norm2")
 )
 
-#: on tiny/ctc the three adapters have as many parameters, within 1 %
+#: every matrix in the encoder's blocks
+MATRICES = tuple(
+    f"audio.layers[*].{part}"
+    for part in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+)
+
+#: on tiny/ctc LoRA, Bottleneck and ConvAdapter have as many parameters, within 5 %
 METHODS: dict[str, Method] = {
-    "head only": Method(Unlock(), at=("logits", "logits.bias")),
-    "biases": Method(Unlock(), at=BIASES),
-    "LoRA": Method(LoRA(26)),
-    "Bottleneck": Method(Bottleneck(51, placement="parallel", at=("audio.layers[*].mlp",))),
-    "ConvAdapter": Method(ConvAdapter(32, kernel=15)),
-    "full fine-tuning": Method(None, WHOLE_RATE),
+    "head only": Method(Unlock(), 9.6e-2, at=("logits", "logits.bias")),
+    "biases": Method(Unlock(), 0.192, at=BIASES),
+    "LoRA": Method(LoRA(26), 1.2e-2),
+    "LoRA everywhere": Method(LoRA(6, at=MATRICES), 1.2e-2),
+    "Bottleneck": Method(Bottleneck(51, placement="parallel", at=("audio.layers[*].mlp",)), 2.4e-2),
+    "ConvAdapter": Method(ConvAdapter(32, kernel=15), 4.8e-2),
+    "full fine-tuning": Method(None, 3e-3),
 }
 
 
@@ -65,9 +70,10 @@ def teach(
     name: str = "speech",
     size: int = 8,
     seed: int = 0,
+    rate: float | None = None,
     progress: bool = False,
 ) -> Taught:
-    """Attach what the method says and train it on the clips."""
+    """Attach what the method says and train it on the clips, at its own rate unless one is given."""
     if method not in METHODS:
         raise DataError(f"no method is called {method!r}", did_you_mean(method, METHODS))
     chosen, attachment = METHODS[method], None
@@ -82,7 +88,7 @@ def teach(
         batches,
         loss=CTCLoss(listen.vocabulary.blank),
         steps=steps,
-        lr=chosen.rate,
+        lr=chosen.rate if rate is None else rate,
         seed=seed,
         progress=progress,
         label=method,

@@ -13,7 +13,7 @@ import numpy
 from mmadapt.core.table import Table
 from mmadapt.errors import DataError
 from mmadapt.tasks.asr.alignment import Alignment, Errors, align
-from mmadapt.tasks.asr.wording import normalise
+from mmadapt.tasks.asr.wording import check_texts, normalise
 
 DRAWS = 1000
 
@@ -30,6 +30,7 @@ class Score:
     heard: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        check_texts(self.said)
         if len(self.said) != len(self.heard) or not self.said:
             raise DataError(
                 f"{len(self.said)} texts were said and {len(self.heard)} heard, expected as many of both",

@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+
+from mmadapt.errors import DataError
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is no text, such as the NaN or None that a table has for an empty cell."""
+    if isinstance(texts, str):
+        raise DataError(f"the texts are one string, {texts!r}", "a list with one text a clip")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(
+                f"text {place} is {text!r}, expected a string",
+                "an empty string where nothing is said",
+            )
 
 
 def normalise(text: str) -> str:

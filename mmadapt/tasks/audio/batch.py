@@ -33,11 +33,11 @@ class Batch:
 
 def check_clips(clips: Audio | Sequence[Audio], rate: int, least: int) -> list[Audio]:
     """The clips, each at `rate` and with `least` samples or more; else a `DataError` that names it."""
-    if isinstance(clips, Audio):
-        clips = [clips]
-    if not len(clips):
+    one = isinstance(clips, (Audio, str)) or hasattr(clips, "dtype")  # a path or samples: refused
+    several: Any = [clips] if one else clips
+    if not len(several):
         raise DataError("there are no clips")
-    return [check_clip(clip, rate, least, place) for place, clip in enumerate(clips)]
+    return [check_clip(clip, rate, least, place) for place, clip in enumerate(several)]
 
 
 def alike(

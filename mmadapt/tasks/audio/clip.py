@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mmadapt.core.svg import wave_svg
 from mmadapt.errors import DataError
 from mmadapt.tasks.audio.levels import by_channel, check_samples, decibels, notes_on, to_mono
 from mmadapt.tasks.audio.resample import check_rate, resample
@@ -102,5 +103,9 @@ class Audio:
         return f"{name}{self.seconds:.2f} s at {self.rate} Hz, {level}{notes}"
 
     def _repr_html_(self) -> str:
+        from mmadapt.tasks.audio.figure import envelope
+
         beyond = "; its beginning" if self.seconds > HEARD else ""
-        return f"<div>{html.escape(repr(self))}{beyond}</div>{self.player()._repr_html_()}"
+        _, low, high = envelope(self, 400)
+        wave = wave_svg(low.tolist(), high.tolist(), self.seconds)
+        return f"<div>{html.escape(repr(self))}{beyond}</div>{wave}{self.player()._repr_html_()}"

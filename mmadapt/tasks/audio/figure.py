@@ -6,36 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mmadapt.core.figure import BLUE, HEAT, VERMILION, drawn, new_figure
 from mmadapt.tasks.audio.levels import CLIPPED
 
 if TYPE_CHECKING:
     from mmadapt.tasks.audio.clip import Audio
     from mmadapt.tasks.audio.spectrum import SpectrumFeatures
 
-_COLUMNS = 1200
 
-
+@drawn
 def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     """The wave's envelope, samples at full scale marked; below it the normalised spectrogram.
 
     What the model sees is shown with its padding, behind a line where the clip ends.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.2 if features is None else 4.4), layout="constrained")
+    figure = new_figure(8, 2.2 if features is None else 4.4)
     panels = figure.subplots(1 if features is None else 2, 1, squeeze=False)[:, 0]
-    times, low, high = envelope(clip)
     wave = panels[0]
-    wave.fill_between(times, low, high, linewidth=0.5, color="#1f6feb")
-    loud = numpy.maximum(high, -low) >= CLIPPED
-    if loud.any():
-        wave.plot(
-            times[loud], numpy.ones(int(loud.sum())), "|", color="#c4320a", label="full scale"
-        )
-        wave.legend(loc="upper right", fontsize=7)
-    wave.set_ylim(-1.05, 1.05)
-    wave.set_ylabel("samples")
-    wave.set_title(repr(clip), fontsize=9, loc="left")
+    draw_wave(wave, clip, reach=1.0)
+    wave.set_title(repr(clip), loc="left")
     if features is None:
         wave.set_xlim(0, clip.seconds)
         wave.set_xlabel("seconds")
@@ -46,7 +35,7 @@ def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     wave.set_xlim(0, end)
     mel = panels[1]
     image = mel.imshow(
-        seen.T, origin="lower", aspect="auto", extent=(0, end, 0, seen.shape[1]), cmap="magma"
+        seen.T, origin="lower", aspect="auto", extent=(0, end, 0, seen.shape[1]), cmap=HEAT
     )
     heard = int(batch.lengths[0])
     if heard < len(seen):
@@ -58,9 +47,26 @@ def clip_figure(clip: Audio, features: SpectrumFeatures | None = None) -> Any:
     return figure
 
 
-def envelope(clip: Audio) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Times in seconds, and the lowest and highest sample around each, at most 1200 of them."""
-    count = min(_COLUMNS, len(clip))
+def draw_wave(axes: Any, clip: Audio, start: float = 0.0, reach: float | None = None) -> None:
+    """A clip's envelope from `start` seconds on, samples at full scale marked.
+
+    From −reach to reach, by default as far as the clip goes.
+    """
+    times, low, high = envelope(clip)
+    axes.fill_between(start + times, low, high, linewidth=0.5, color=BLUE)
+    loud = numpy.maximum(high, -low) >= CLIPPED
+    if loud.any():
+        marks = numpy.full(int(loud.sum()), 1.0)
+        axes.plot(start + times[loud], marks, "|", color=VERMILION, label="full scale")
+        axes.legend(loc="upper right")
+    reach = reach or max(float(high.max()), float(-low.min()), 1e-6)
+    axes.set_ylim(-1.05 * reach, 1.05 * reach)
+    axes.set_ylabel("samples")
+
+
+def envelope(clip: Audio, most: int = 1200) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Times in seconds, and the lowest and highest sample around each, at most `most` of them."""
+    count = min(most, len(clip))
     starts = numpy.linspace(0, len(clip), count, endpoint=False).astype(int)
     low = numpy.minimum.reduceat(clip.samples, starts)
     high = numpy.maximum.reduceat(clip.samples, starts)

@@ -8,6 +8,7 @@ classifier = few_shot.zero_shot(clip, names, ("a photo of a {}",))
 table = few_shot.compare(clip, data, test, templates=("a photo of a {}",), shots=(1, 4, 16))
 """
 
+from mmadapt.tasks.few_shot.cached import CachedShots
 from mmadapt.tasks.few_shot.classifier import ZeroShotClassifier, zero_shot
 from mmadapt.tasks.few_shot.compare import Comparison, Result, Source, compare
 from mmadapt.tasks.few_shot.data import Labelled, labelled, sample, vary
@@ -17,6 +18,7 @@ from mmadapt.tasks.few_shot.score import Score, score
 
 __all__ = [
     "METHODS",
+    "CachedShots",
     "Comparison",
     "Labelled",
     "Result",

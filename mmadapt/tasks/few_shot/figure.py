@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mmadapt.core.figure import BLUE, GREY, drawn, new_figure
+
 if TYPE_CHECKING:
     from mmadapt.tasks.few_shot.compare import Comparison
 
 _BASELINES = ("zero-shot", "raw pixels + LR", "linear probe", "full fine-tuning")
 
 
+@drawn
 def accuracy_figure(comparison: Comparison) -> Any:
     """Bars with the spread over seeds for one number of shots, lines over shots for several."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     shots = sorted({result.shots for result in comparison.results})
     if len(shots) == 1:
         results = sorted(comparison.results, key=lambda result: result.accuracy)
-        colours = ["#9aa4b2" if r.method in _BASELINES else "#1f6feb" for r in results]
+        colours = [GREY if r.method in _BASELINES else BLUE for r in results]
         values = [100 * result.accuracy for result in results]
         spreads = [100 * result.spread for result in results]
         axes.barh(
@@ -43,7 +44,7 @@ def accuracy_figure(comparison: Comparison) -> Any:
                 label=method,
                 capsize=2,
                 linestyle="--" if method in _BASELINES else "-",
-                color="#9aa4b2" if method == "zero-shot" else None,
+                color=GREY if method == "zero-shot" else None,
                 marker="o",
                 markersize=3,
             )
@@ -51,6 +52,5 @@ def accuracy_figure(comparison: Comparison) -> Any:
         axes.set_xticks(shots, [str(k) for k in shots])
         axes.set_xlabel("shots a class (dashed: baselines)")
         axes.set_ylabel("test accuracy %")
-        axes.legend(fontsize=7, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(ncols=2)
     return figure

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmadapt.core.attachment import Attachment
+from mmadapt.core.figure import FAINT, SIGNED, cells, drawn, new_figure
 from mmadapt.errors import AttachError
 from mmadapt.ops.reference import ACTIVATIONS
 
@@ -49,23 +50,21 @@ class GateRecord:
         for site, value in gates(self.attachment).items():
             self.values.setdefault(site, []).append(value)
 
+    @drawn
     def plot(self) -> Any:
         """A matplotlib figure, a panel a layer and a line a head; steps as `every` counts them."""
-        from matplotlib.figure import Figure
-
         size = len(self.values)
         columns = min(4, size)
         rows = -(-size // columns)
-        figure = Figure(figsize=(2.4 * columns, 2.1 * rows + 0.3), layout="constrained")
+        figure = new_figure(2.4 * columns, 2.1 * rows + 0.3)
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         colours = _shades(max(len(v[0]) for v in self.values.values()))
         for axis, (site, values) in zip(axes.flat, self.values.items(), strict=False):
             steps = [self.every * look for look in range(len(values))]
             for head, line in enumerate(torch.stack(values).T.tolist()):
-                axis.plot(steps, line, linewidth=1.2, color=colours[head], label=f"head {head}")
-            axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+                axis.plot(steps, line, color=colours[head], label=f"head {head}")
+            axis.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
             axis.set_title(site.removesuffix(".attn.heads"), fontsize=9)
-            axis.spines[["top", "right"]].set_visible(False)
         for axis in list(axes.flat)[size:]:
             axis.axis("off")
         for row in axes:
@@ -74,34 +73,23 @@ class GateRecord:
             axis.set_xlabel("step")
         if len(axes.flat[0].lines) <= 9:
             handles = axes.flat[0].get_legend_handles_labels()
-            figure.legend(*handles, loc="outside right center", fontsize=7, frameon=False)
+            figure.legend(*handles, loc="outside right center")
         return figure
 
 
+@drawn
 def gate_figure(attachment: Attachment) -> Any:
     """A matplotlib figure of how far every gate is open, a row a layer and a column a head."""
-    from matplotlib.figure import Figure
-
     found = gates(attachment)
     heads = max(map(len, found.values()))
     grid = torch.stack([value.expand(heads) for value in found.values()])
-    figure = Figure(figsize=(1.6 + 0.62 * heads, 1.0 + 0.42 * len(found)), layout="constrained")
+    figure = new_figure(1.6 + 0.62 * heads, 1.0 + 0.42 * len(found))
     axes = figure.add_subplot()
     reach = max(float(grid.abs().max()), 1e-6)
-    image = axes.imshow(grid.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
-    axes.set_xticks(range(heads), [str(head) for head in range(heads)], fontsize=8)
     names = [site.removesuffix(".attn.heads") for site in found]
-    axes.set_yticks(range(len(found)), names, fontsize=8)
+    numbers = [str(head) for head in range(heads)]
+    cells(axes, grid.numpy(), names, numbers, "gate", (-reach, reach), SIGNED, "+.2f")
     axes.set_xlabel("head")
-    if grid.numel() <= 128:
-        for row, values in enumerate(grid.tolist()):
-            for column, value in enumerate(values):
-                dark = abs(value) > 0.6 * reach
-                axes.text(
-                    column, row, f"{value:+.2f}", ha="center", va="center", fontsize=7,
-                    color="white" if dark else "0.15",
-                )  # fmt: skip
-    figure.colorbar(image, ax=axes, label="gate")
     return figure
 
 

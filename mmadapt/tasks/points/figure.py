@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmadapt.core.figure import FAINT, GREY, INK, drawn, new_figure
 from mmadapt.errors import DataError
 from mmadapt.ops.points import along_line, farthest_points, pick, projected
 from mmadapt.tasks.points.cloud import unit_clouds
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 #: of the six views, as they are numbered
 TURNS = ("as it is", "x by 90°", "x by 180°", "x by 270°", "y by 90°", "y by −90°")
-_POINTS, _FAINT = "#9aa4b2", "#d5dae1"
 
 
+@drawn
 def cloud_figure(
     cloud: Any,
     tokens: int = 32,
@@ -35,40 +36,38 @@ def cloud_figure(
     six virtual lines along `direction`, on the `rows` of a text transformer's positions. A centre has
     the colour of its height everywhere, so that it can be followed.
     """
-    from matplotlib.figure import Figure
     from matplotlib.gridspec import GridSpec
 
     points, centres, places, lines = _seen(cloud, tokens, grid, distance, rows, direction)
     shades = centres[:, 2]
-    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    figure = new_figure(11, 6.6)
     cells = GridSpec(3, 5, figure, height_ratios=(1, 1, 0.8), width_ratios=(1, 1, 1, 1, 1))
     axes: Any = figure.add_subplot(cells[:2, :2], projection="3d")
-    axes.scatter(*points.T, s=4, color=_POINTS, alpha=0.5, depthshade=False)
-    axes.scatter(*centres.T, s=26, c=shades, cmap="viridis", edgecolors="black", linewidths=0.4, depthshade=False)  # fmt: skip
+    axes.scatter(*points.T, s=4, color=GREY, alpha=0.5, depthshade=False)
+    axes.scatter(*centres.T, s=26, c=shades, cmap="viridis", edgecolors=INK, linewidths=0.4, depthshade=False)  # fmt: skip
     axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xlabel="x", ylabel="y", zlabel="z")
     axes.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1), zticks=(-1, 0, 1), box_aspect=(1, 1, 1))
     axes.tick_params(labelsize=7)
     axes.set_title(f"{len(points)} points, {tokens} centres", fontsize=10)
     for view, turn in enumerate(TURNS):
         axes = figure.add_subplot(cells[view // 3, 2 + view % 3])
-        axes.scatter(*places[view].T, s=16, c=shades, cmap="viridis", edgecolors="black", linewidths=0.3, zorder=3)  # fmt: skip
+        axes.scatter(*places[view].T, s=16, c=shades, cmap="viridis", edgecolors=INK, linewidths=0.3, zorder=3)  # fmt: skip
         axes.set(xlim=(0, grid[1]), ylim=(grid[0], 0), aspect="equal")
         axes.set_xticks(range(grid[1] + 1), [""] * (grid[1] + 1))
         axes.set_yticks(range(grid[0] + 1), [""] * (grid[0] + 1))
-        axes.grid(color=_FAINT, linewidth=0.6)
+        axes.grid(color=FAINT, linewidth=0.6)
         axes.tick_params(length=0)
         axes.set_title(f"image {view + 1}: {turn}", fontsize=9)
     axes = figure.add_subplot(cells[2, :])
     for view in range(len(TURNS)):
-        axes.axhline(view, color=_FAINT, linewidth=0.8)
-        axes.scatter(lines[view], torch.full((tokens,), view), s=14, c=shades, cmap="viridis", edgecolors="black", linewidths=0.3, zorder=3)  # fmt: skip
+        axes.axhline(view, color=FAINT, linewidth=0.8)
+        axes.scatter(lines[view], torch.full((tokens,), view), s=14, c=shades, cmap="viridis", edgecolors=INK, linewidths=0.3, zorder=3)  # fmt: skip
     axes.set_yticks(range(len(TURNS)), [f"line {view + 1}" for view in range(len(TURNS))])
     axes.set(xlim=(-1, rows), ylim=(len(TURNS) - 0.5, -0.5))
     axes.tick_params(labelsize=8)
     axes.set_xlabel(f"row of {rows} word positions", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title)
     return figure
 
 

@@ -7,18 +7,13 @@ from typing import Any
 
 import numpy
 
+from mmadapt.core.figure import TINTS, new_figure
 from mmadapt.tasks.segment.prompts import check_prompts
-
-#: Okabe and Ito 2008, without black; in this order neighbours differ in lightness too
-COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#0072B2", "#D55E00")
 
 
 def grid(rows: int, columns: int, inches: float, ratio: float) -> tuple[Any, Any]:
     """A figure of axes that are `inches` wide and `ratio` times as high."""
-    from matplotlib.figure import Figure
-
-    size = (inches * columns + 0.2, (inches * ratio + 0.28) * rows + 0.2)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(inches * columns + 0.2, (inches * ratio + 0.28) * rows + 0.2)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)  # type: ignore[union-attr]
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -34,7 +29,7 @@ def draw(
     masks: numpy.ndarray,
     limits: tuple[float, float] | None,
     aspect: float = 1.0,
-    colours: Sequence[str] = COLOURS,
+    colours: Sequence[str] = TINTS,
 ) -> None:
     """The picture, and every mask as a tint with an outline."""
     from matplotlib.colors import to_rgb
@@ -108,14 +103,12 @@ def legend(figure: Any, names: Sequence[str] | None) -> None:
 
     if names:
         handles = [
-            Patch(facecolor=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(names)
+            Patch(facecolor=TINTS[i % len(TINTS)], label=name) for i, name in enumerate(names)
         ]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(names), 6), frameon=False
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 6))
 
 
 def frame(axes: Any) -> None:
     """A frame around one of several pictures."""
     for spine in axes.spines.values():
-        spine.set(visible=True, linewidth=2.5, color=COLOURS[-1])
+        spine.set(visible=True, linewidth=2.5, color=TINTS[-1])

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy
 
+from mmadapt.core.figure import TINTS, drawn
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment import canvas
 from mmadapt.tasks.segment.metrics import dice
 
-BEFORE, AFTER = canvas.COLOURS[:2]
+BEFORE, AFTER = TINTS[:2]
 
 
+@drawn
 def overlay(
     image: Any,
     masks: Any = None,
@@ -47,6 +49,7 @@ def overlay(
     return figure
 
 
+@drawn
 def slices(
     volume: Any,
     masks: Any = None,
@@ -105,6 +108,7 @@ def slices(
     return figure
 
 
+@drawn
 def before_after(
     images: Any,
     truth: Any,

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy
 
+from mmadapt.core.figure import TINTS, drawn, new_figure
 from mmadapt.errors import DataError
 from mmadapt.tasks.volume.planes import PLANES, Plane
 from mmadapt.tasks.volume.prompts import check_points
 from mmadapt.tasks.volume.volume import Volume
 
-#: told apart by colour-blind readers too (Okabe and Ito), bright ones first
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 
-
+@drawn
 def planes_figure(
     volume: Volume,
     at: Any = None,
@@ -32,8 +31,6 @@ def planes_figure(
     of a file only these planes are read. Each plane tells its slice's number and place in millimetres, its orientation by letters at the edges, and has the
     proportions of the body. Oblique volumes are drawn along their own axes, with the nearest letters.
     """
-    from matplotlib.figure import Figure
-
     labels = None if mask is None else _labels(mask, volume)
     point = _point(volume, at, labels)
     panels = [Plane(volume, *plane) for plane in PLANES]
@@ -42,7 +39,7 @@ def planes_figure(
     low, high = limits or (float(v) for v in numpy.percentile(seen, (0.5, 99.5)))
     scale = 9.0 / sum(panel.width for panel in panels)  # inches a millimetre
     tallest = max(panel.height for panel in panels) * scale
-    figure = Figure(figsize=(10.5, min(max(tallest, 0.8), 9) + 1.3), layout="constrained")
+    figure = new_figure(10.5, min(max(tallest, 0.8), 9) + 1.3)
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     grid = figure.subplots(1, 3, width_ratios=[panel.width for panel in panels])
     for axes, panel, picture in zip(grid, panels, pictures, strict=True):
@@ -52,7 +49,7 @@ def planes_figure(
             _overlay(axes, panel.cut(labels[None], point), extent, alpha)
         _crosshair(axes, panel, point)
         _letters(axes, panel)
-        axes.set_title(panel.title(point), fontsize=9, pad=18)
+        axes.set_title(panel.title(point), pad=18)
         axes.set_axis_off()
     figure.suptitle(f"{volume.name}   {volume.grid}", fontsize=9)
     if labels is not None and labels.any():
@@ -120,11 +117,11 @@ def _legend(figure: Any, labels: numpy.ndarray, names: Mapping[int, str] | None)
         )
         for label in present
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(present), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(present))
 
 
 def _colour(label: int) -> str:
-    return COLOURS[(int(label) - 1) % len(COLOURS)]
+    return TINTS[(int(label) - 1) % len(TINTS)]
 
 
 def _point(volume: Volume, at: Any, labels: numpy.ndarray | None) -> tuple[int, int, int]:

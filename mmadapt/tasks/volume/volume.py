@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
+from mmadapt.core.figure import img, png
 from mmadapt.errors import DataError
 from mmadapt.tasks.segment.intensity import check_finite, intensity_range
 from mmadapt.tasks.volume.grid import Grid, oriented_affine, regrid
@@ -172,6 +174,22 @@ class Volume:
         shown = "in its file" if values is None else f"{values.min():g} to {values.max():g}"
         steps = "".join(f", {step.name}" for step in self.history)
         return f"Volume({self.name}: {len(self.array)}×{self.grid}, {shown}{steps})"
+
+    def figure(self, at: Any = None, **options: Any) -> Any:
+        """Three planes through one voxel, as a matplotlib figure: see `planes_figure`."""
+        from mmadapt.tasks.volume.figure import planes_figure
+
+        return planes_figure(self, at, **options)
+
+    def _repr_html_(self) -> str:
+        said = f"<code>{html.escape(repr(self))}</code>"
+        if isinstance(
+            self.array, Stored
+        ):  # compressed files take seconds for a plane across slices
+            return (
+                f"<div>{said}</div><div><small>.figure() reads and draws three planes</small></div>"
+            )
+        return f"<div>{said}</div>" + img(png(self.figure(), 70), f"three planes of {self.name}")
 
 
 def _as_values(array: Any) -> Any:
