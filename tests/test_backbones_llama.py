@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from backbones import ALL, BACKBONES, tokens
+from backbones import ALL, BACKBONES, _hf_decoder, tokens
 from snapshot import assert_close, randomise, state
 from torch import Tensor, nn
 
@@ -104,6 +104,23 @@ def test_generation_is_greedy_search_by_whole_texts(adapter: mm.Adapter) -> None
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
             mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
     assert torch.equal(made, ids)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_other_families_speak_as_well(family: str) -> None:
+    """Padded on the left, with a cache; Mistral with its window."""
+    model: Any = _hf_decoder(family, "ForCausalLM", sliding_window=4)()
+    randomise(mm.attach(model, mm.ZeroInitAttention(3)), 0.5)
+    model.generation_config.eos_token_id = None
+    batch = texts()
+    ids, mask, seen = batch["input_ids"], batch["attention_mask"], batch["attention_mask"].bool()
+    with torch.no_grad():
+        whole = model(**batch).logits
+        assert_close((step_by_step(model, batch, 4)[seen],), (whole[seen],), 1e-5)
+        assert_close((whole[0, 3:],), (model(input_ids=ids[:1, 3:]).logits[0],), 1e-5)
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, use_cache=True)
+        alone = model.generate(input_ids=ids[:1, 3:], max_new_tokens=3, use_cache=True)
+    assert torch.equal(made[0, 3:], alone[0])
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)
@@ -240,9 +257,8 @@ class QueriesLayer(Layer):
         return x + self.gain * context.read(site.taps["q"]).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("name", WITH_HEADS)
-def test_the_tap_gives_the_queries_that_meet_the_keys(name: str) -> None:
-    """Against the queries that the attention function is called with."""
+def answering_with_queries(model: Any) -> Any:
+    """The same with 0.5 · queries added to heads where the attention function is called with them."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -255,14 +271,55 @@ def test_the_tap_gives_the_queries_that_meet_the_keys(name: str) -> None:
 
     AttentionInterface.register("test_queries", with_queries)
     AttentionMaskInterface.register("test_queries", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model, straight = ALL[name].fresh(), copy.deepcopy(ALL[name].prototype)  # own configuration
-    straight.set_attn_implementation("test_queries")  # type: ignore[operator]
+    model.set_attn_implementation("test_queries")
+    return model
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_the_tap_gives_the_queries_that_meet_the_keys(name: str) -> None:
+    model = ALL[name].fresh()
+    straight = answering_with_queries(copy.deepcopy(ALL[name].prototype))  # own configuration
     mm.attach(model, Queries())
     with torch.no_grad():
         found, expected = ALL[name].outputs(model), ALL[name].outputs(straight)
         assert_close(found, expected, 1e-6)
         with mm.disabled(model):
             assert not torch.allclose(ALL[name].outputs(model)[0], expected[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["Cohere", "Glm", "Nemotron"])
+def test_queries_are_turned_as_their_family_does_it(family: str) -> None:
+    """Neighbours together, neighbours of a part of the channels, halves of a part of them."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=32, hidden_size=32, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    straight = copy.deepcopy(model)
+    bare = model(input_ids=tokens(2)).last_hidden_state
+    mm.attach(model, Queries())
+    with torch.no_grad():
+        found = model(input_ids=tokens(2)).last_hidden_state
+        expected = answering_with_queries(straight)(input_ids=tokens(2)).last_hidden_state
+    assert_close((found,), (expected,), 1e-6)
+    assert not torch.allclose(found, bare, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_queries_are_turned_bit_for_bit(name: str) -> None:
+    from mmadapt.backbones.llama import attention_of, rotated_by_family, rotated_by_halves
+
+    model: Any = ALL[name].fresh()
+    decoder = getattr(model, "model", model)
+    rotate: Any = attention_of(decoder.layers[0].self_attn).rotate
+    assert rotate.func is rotated_by_halves  # by fewer operations than the family's
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.randn(2, 5, 4, decoder.layers[0].self_attn.head_dim, dtype=dtype)
+        positions = decoder.rotary_emb(torch.zeros(2, 5, 1), torch.arange(5).expand(2, 5))
+        assert torch.equal(rotate(q, *positions), rotated_by_family(*rotate.args, q, *positions))
 
 
 def test_a_computed_tap_is_quiet_without_readers_and_serves_several() -> None:

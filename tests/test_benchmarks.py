@@ -183,6 +183,7 @@ def test_the_tables_of_the_study_of_wordings_are_those_of_its_numbers(monkeypatc
     import instruct_shift as study
 
     import mmadapt as mm
+    from mmadapt.tasks.instruct import compare
 
     known = json.loads(study.RESULTS.read_text())
     page = study.PAGE.read_text()
@@ -190,7 +191,10 @@ def test_the_tables_of_the_study_of_wordings_are_those_of_its_numbers(monkeypatc
     assert known["weights"] == mm.zoo.entry(known["backbone"]).sha256
     rates, (backbone, *rows) = study.chosen(known), known["wording"]
     assert study.finished(known)  # with these seeds every method was run
-    assert {row["method"] for row in known["choose"]} <= set(study.SETTINGS["rates"])
+    assert set(rates) == {*study.SETTINGS["rates"], study.IMAGES}
+    assert not {row["seed"] for row in rows} & set(study.CHOOSING)
+    for name, method in compare.METHODS.items():  # what the demo and the notebook use
+        assert method.rate == rates[name]
     for row in rows:
         assert row["rate"] == rates[row["method"]]
         assert row["start"] == 0.0

@@ -119,11 +119,14 @@ def test_the_softmax_and_the_gate_are_wide_in_a_narrow_backbone() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("gates", [1, 4])
-def test_the_fused_kernel_is_the_reference(groups: int, rows: int, gates: int) -> None:
+@pytest.mark.parametrize("length", [6, 20])
+def test_other_kernels_give_what_the_reference_gives(
+    groups: int, rows: int, gates: int, length: int
+) -> None:
     draw = torch.Generator().manual_seed(1)
-    shapes = ((3, 4, 6, 8), (rows, groups, 5, 8), (rows, groups, 5, 8), (gates,))
+    shapes = ((3, 4, length, 8), (rows, groups, 5, 8), (rows, groups, 5, 8), (gates,))
     given = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
-    weights = torch.randn(3, 6, 32, generator=draw)
+    weights = torch.randn(3, length, 32, generator=draw)
     found, expected = (
         (out := each(*given, 0.4), *torch.autograd.grad((out * weights).sum(), given))
         for each in (fused, gated_attention)
@@ -165,6 +168,11 @@ def test_the_counts_are_the_published_ones() -> None:
     released = ("attn.q", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
     biases = mm.BiasScale(scale="none", at=[f"text.layers[*].{word}:out" for word in released])
     assert planned(seven, [norms, biases]) == 1_363_968
+    norms_biases_scales, tokens_and_gates = 2_985_984, 31 * (10 * 4096 + 32)
+    assert planned(seven, mm.LlamaAdapter.v2()) == norms_biases_scales + tokens_and_gates
+    early_fusion = 768 * 4096 + 4096 + 32
+    seeing = mm.LlamaAdapter.v2(features=768)
+    assert planned(seven, seeing) == norms_biases_scales + tokens_and_gates + early_fusion
     large = big(80, 8192, 22016, 64)
     assert planned(large, mm.LlamaAdapter.v2_chat()) == 13_811_712
     assert planned(large, mm.LlamaAdapter.v2_chat("output")) == 14_917_632
@@ -214,6 +222,10 @@ def test_what_is_kept_is_renewed_when_anything_behind_it_changes() -> None:
         layer.prompt.add_(1.0)
     stale = logits(model)
     assert_equal((stale,), (fresh(),))
+    with torch.no_grad():
+        layer.gate.add_(1.0)
+    assert differ((logits(model),), (stale,))
+    assert_equal((logits(model),), (fresh(),))
     model.model.layers[0].self_attn.k_proj.weight.data = torch.randn(8, 16)
     assert_equal((logits(model),), (fresh(),))
     randomise(mm.attach(model, mm.LoRA(2, at="*.layers[*].attn.k"), name="lora"), 0.5)
@@ -319,6 +331,7 @@ def test_beams_share_the_features_of_their_row() -> None:
 
 def test_features_that_are_missing_or_do_not_fit_are_named() -> None:
     model, _ = adapted(WITH_IMAGES)
+    before = state(model)
     with pytest.raises(CheckError, match=r"(?s)given no features.*visual=features.*\(B, 5\)"):
         model(input_ids=tokens(3))
     for wrong, said in (
@@ -328,6 +341,7 @@ def test_features_that_are_missing_or_do_not_fit_are_named() -> None:
     ):
         with mm.context(model, visual=wrong), pytest.raises(CheckError, match=said):
             model(input_ids=tokens(3))
+    assert state(model) == before
     with mm.context(model, visual=features(3, 5)):
         model(input_ids=tokens(3))
 
@@ -407,9 +421,8 @@ def test_disjoint_groups_train_jointly() -> None:
     """Images move the early fusion alone, instructions everything else."""
     torch.manual_seed(0)
     model = LLAMA.fresh()
-    *language, fusion = mm.LlamaAdapter.v2(features=5)
-    prompts = replace(language[-1], layers=1, length=3)
-    instruct = mm.attach(model, [*language[:-1], prompts], name="instruct")
+    *language, fusion = mm.LlamaAdapter.v2(features=5, layers=1)
+    instruct = mm.attach(model, language, name="instruct")
     images = mm.attach(model, fusion, name="images")
     groups = {
         "images": torch.optim.SGD(images.parameters(), lr=0.1),

@@ -131,16 +131,21 @@ class LlamaAdapter(ZeroInitAttention):
 
     @classmethod
     def v2(
-        cls, features: int | None = None, scale: Literal["output", "input"] = "output"
+        cls,
+        features: int | None = None,
+        scale: Literal["output", "input"] = "output",
+        layers: int = 31,
     ) -> tuple[Adapter, ...]:
-        """LLaMA-Adapter V2, arXiv:2304.15010, as one list of adapters for 32 layers.
+        """LLaMA-Adapter V2, arXiv:2304.15010, as one list of adapters.
 
         Norms unlocked, a bias and scale at every linear (`scale="input"`: as the authors released
-        them), 10 tokens in each of the last 31 layers; with `features`, the width of visual ones, also
-        early fusion: the first layer attends to them.
+        them), 10 tokens in each of the top `layers` layers, the paper's being all of 32 but the first;
+        with `features`, the width of visual ones, also early fusion: the first layer attends to them.
+
+            mm.attach(model, mm.LlamaAdapter.v2(layers=15))     # of sixteen
         """
         # hooks that come later stand in front, so tokens join before the output projection's scale
-        adapters = (*cls.v2_chat(scale), cls(layers=31))
+        adapters = (*cls.v2_chat(scale), cls(layers=layers))
         if features is None:
             return adapters
         first = ("text.layers[0].attn.heads",)

@@ -7,10 +7,13 @@ that made them: after their norm where there is one, and rotated to their positi
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mmadapt.backbones.blocks import block_taps, linears, logits, norm
 from mmadapt.core.anatomy import Anatomy
@@ -129,7 +132,7 @@ def attention_of(module: Any) -> Attention:
         scale=module.scaling,
         width=module.k_proj.in_features,
         k_norm=getattr(module, "k_norm", None),
-        rotate=_rotary(module),
+        rotate=_rotation(module),
     )
 
 
@@ -139,8 +142,43 @@ def rotated_queries(site: SiteView, q: Tensor, positions: tuple[Tensor, Tensor])
     assert attention is not None and attention.rotate is not None
     if q.ndim == 3:
         q = q.unflatten(-1, (attention.heads, attention.head_width))
+    return attention.rotate(q, *positions).transpose(1, 2)
+
+
+def rotated_by_family(family: Any, q: Tensor, *positions: Tensor) -> Tensor:
+    """Queries (B, T, H, d) by the family's own function, which turns keys (B, H, T, d) beside them."""
     q = q.transpose(1, 2)
-    return attention.rotate(q, q[:, :1], *positions)[0]
+    return family(q, q[:, :1], *positions)[0].transpose(1, 2)
+
+
+def rotated_by_halves(family: Any, q: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """The same in half as many operations, where the family turns the first half with the second."""
+    if cosines.shape[-1] != q.shape[-1]:  # some of the channels only
+        return rotated_by_family(family, q, cosines, sines)
+    half = q.shape[-1] // 2
+    turned = torch.cat((-q.narrow(-1, half, half), q.narrow(-1, 0, half)), dim=-1)
+    return (q * cosines.unsqueeze(2)).add_(turned * sines.unsqueeze(2))
+
+
+def _rotation(module: Any) -> Any:
+    """The function of queries and positions that turns them as the module does; None without one."""
+    family = _rotary(module)
+    if family is None:
+        return None
+    return functools.partial(rotated_by_halves if _by_halves(family) else rotated_by_family, family)
+
+
+@functools.cache
+def _by_halves(family: Any) -> bool:
+    """Whether a family's rotation of double-precision queries is, bit for bit, that by halves."""
+    if list(inspect.signature(family).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    numbers = torch.arange(1, 81, dtype=torch.float64, device="cpu").sin()
+    q, given = (
+        numbers[:64].view(1, 4, 2, 8),
+        (numbers[16:48].view(1, 4, 8), numbers[48:80].view(1, 4, 8)),
+    )
+    return torch.equal(rotated_by_halves(family, q, *given), rotated_by_family(family, q, *given))
 
 
 def _rotary(module: Any) -> Any:

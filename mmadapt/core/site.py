@@ -94,7 +94,7 @@ class Attention:
     width: int
     #: norm over each head of a key, where there is one
     k_norm: nn.Module | None = None
-    #: function (queries (B, H, T, d), position embeddings) -> rotated queries, where there is one
+    #: function (queries (B, T, H, d), *position embeddings) -> rotated queries, where there is one
     rotate: Callable[..., Tensor] | None = None
 
     def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmadapt.core.layer import Layer, empty, fill_normal, fill_uniform
 from mmadapt.errors import AdapterError, CheckError
-from mmadapt.ops.attention import gated_attention
+from mmadapt.ops.attention import attend, without_queries
 from mmadapt.ops.reference import ACTIVATIONS, linear
 
 if TYPE_CHECKING:
@@ -78,35 +78,39 @@ class ZeroInitAttentionLayer(Layer):
         gates = 1 if adapter.gate == "layer" else len(adapter.heads or range(attention.heads))
         self.gate = empty(site, gates)
         nn.init.zeros_(self.gate)
-        self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+        self._kept: tuple[tuple, tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     def before(self, x: Tensor, context: Context, site: SiteView) -> Tensor:
         attention = _attention(site)
         q = context.read(site.taps["q"])
-        k, v = self._keys_and_values(attention, x, context)
-        gate = ACTIVATIONS[self.activation](self.gate)
-        if self.heads is not None:
-            places = torch.tensor(self.heads, device=gate.device)
-            gate = gate.new_zeros(attention.heads).index_copy(0, places, gate)
-        return x + gated_attention(q, k, v, gate, attention.scale).to(x.dtype)
+        return x + attend(q, *self._source(attention, x, context), attention.scale).to(x.dtype)
 
-    def _keys_and_values(
+    def _source(
         self, attention: Attention, x: Tensor, context: Context
-    ) -> tuple[Tensor, Tensor]:
-        """Of the tokens (B or 1, G, K, d); kept between calls while nothing behind them can change."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What queries meet; kept between calls while nothing behind it can change."""
         if self.visual != "none":
-            return attention.keys_and_values(self._seen(x, context).to(x.dtype))
+            return self._gated(attention, self._seen(x, context).to(x.dtype))
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _adapted(attention):
-            return attention.keys_and_values(self.prompt[None].to(x.dtype))
-        behind = [self.prompt, *attention.k.parameters(), *attention.v.parameters()]
+            return self._gated(attention, self.prompt[None].to(x.dtype))
+        behind = [self.prompt, self.gate, *attention.k.parameters(), *attention.v.parameters()]
         if attention.k_norm is not None:
             behind += attention.k_norm.parameters()
         # autocast computes them in its own dtype
         low = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         key = (x.dtype, x.device, low, *((id(t), t._version, t.data_ptr()) for t in behind))
         if self._kept is None or self._kept[0] != key:
-            self._kept = (key, attention.keys_and_values(self.prompt[None].to(x.dtype)))
+            self._kept = (key, self._gated(attention, self.prompt[None].to(x.dtype)))
         return self._kept[1]
+
+    def _gated(self, attention: Attention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of tokens (B or 1, K, width), and the gate of every head."""
+        gate = ACTIVATIONS[self.activation](self.gate)
+        if self.heads is not None:
+            places = torch.tensor(self.heads, device=gate.device)
+            gate = gate.new_zeros(attention.heads).index_copy(0, places, gate)
+        k, v = attention.keys_and_values(tokens)
+        return without_queries(k, v, gate, attention.scale, attention.heads)
 
     def _seen(self, x: Tensor, context: Context) -> Tensor:
         """The tokens of every row (B, K, C), with the features that came with this forward pass."""

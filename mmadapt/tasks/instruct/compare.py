@@ -38,10 +38,10 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "LLaMA-Adapter": Method((_TOKENS,), 8e-2),
-    "LLaMA-Adapter V2": Method((_NORMS, BiasScale(), _TOKENS), 3e-2, 0.3),
-    "LoRA (q, v)": Method((LoRA(8, at=("text.layers[*].attn.q", "text.layers[*].attn.v")),), 5e-3),
-    "full fine-tuning": Method(None, 5e-4),
+    "LLaMA-Adapter": Method((_TOKENS,), 3.2e-1),
+    "LLaMA-Adapter V2": Method((_NORMS, BiasScale(), _TOKENS), 1.2e-1, 0.3),
+    "LoRA (q, v)": Method((LoRA(8, at=("text.layers[*].attn.q", "text.layers[*].attn.v")),), 1e-2),
+    "full fine-tuning": Method(None, 1e-3),
 }
 
 
