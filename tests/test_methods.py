@@ -379,7 +379,7 @@ WHOLE = "expected a whole number of at least 1"
         (lambda: mm.Bottleneck("8"), f"Bottleneck: width is '8', {WHOLE}"),  # type: ignore[arg-type]
         (
             lambda: mm.Bottleneck(placement="paralel"),  # type: ignore[arg-type]
-            "placement is 'paralel', expected one of sequential, parallel, residual\n"
+            "placement is 'paralel', expected one of sequential, parallel, residual, joined\n"
             "  Next: did you mean 'parallel'?",
         ),
         (
