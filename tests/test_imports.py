@@ -113,6 +113,15 @@ def test_the_lazy_table_agrees_with_what_type_checkers_see() -> None:
     assert _type_checking_block(PACKAGE / "ui" / "__init__.py") == mmadapt.ui._HOME
 
 
+def test_every_task_is_there_by_its_name() -> None:
+    tasks = PACKAGE / "tasks"
+    public = {path.stem for path in tasks.iterdir() if not path.name.startswith(("_", "scene"))}
+    assert set(dir(mmadapt.tasks)) == public
+    assert mmadapt.tasks.few_shot.__name__ == "mmadapt.tasks.few_shot"
+    with pytest.raises(AttributeError, match="did you mean 'few_shot'"):
+        mmadapt.tasks.few_shoot  # noqa: B018
+
+
 def test_no_module_of_widgets_hides_a_function() -> None:
     assert dir(mmadapt.ui) == sorted(mmadapt.ui.__all__)
     assert not {path.stem for path in (PACKAGE / "ui").iterdir()} & set(mmadapt.ui.__all__)
