@@ -142,9 +142,9 @@ def test_buttons_do_what_they_say(page: Any) -> None:
     bar = own.view._parts[0]
     assert bar.propagate.layout.display == bar.adapted.layout.display == "none"
     assert bar.candidate.layout.display == "none"
-    bar.beside.set_state({"value": True})
+    bar.negative.set_state({"value": True})
     own.send(kind="click", plane=0, at=[15, 10], label=1, slice=0)
-    assert own.view.labels == [0] and own.view.beside
+    assert own.view.labels == [0] and own.view.negative
     assert bar.candidate.options == (("1: 0.90", 0), ("2: 0.40", 1))
     bar.candidate.set_state({"index": 1})
     assert own.view.candidate == 1
@@ -453,6 +453,6 @@ def test_without_anywidget_there_are_sliders(
     assert view.at == (4, 8, 10)
     view.at = (3, 6, 9)
     assert [slider.value for slider in sliders.places] == [3, 6, 9]
-    view.beside = True
+    view.negative = True
     sliders.click.click()
     assert view.points == [(3, 6, 9)] and view.labels == [0] and view.at == (3, 6, 9)

@@ -23,12 +23,12 @@ class Bar:
             made.on_click(view.handler(method))
             return made
 
-        self.beside = widgets.ToggleButton(
-            description="beside",
-            tooltip="clicks are beside the object, as with shift",
+        self.negative = widgets.ToggleButton(
+            description="negative",
+            tooltip="clicks are negative: beside the object, as with shift",
             layout=small,
         )
-        self.beside.observe(view.handler(self._beside), "value")
+        self.negative.observe(view.handler(self._negative), "value")
         self.undo = button("undo", "take back the last click or box (backspace)", self._undo)
         self.clear = button("clear", "take back every click and box", self._clear)
         self.propagate = button("propagate", "carry the mask to the other slices", self._propagate)
@@ -52,7 +52,7 @@ class Bar:
         self.widget = widgets.VBox(
             [
                 widgets.HBox(
-                    [self.beside, self.undo, self.clear, self.propagate, self.candidate, self.adapted, self.window],
+                    [self.negative, self.undo, self.clear, self.propagate, self.candidate, self.adapted, self.window],
                     layout=wrapped,
                 ),
                 self.status,
@@ -66,7 +66,7 @@ class Bar:
         try:
             _shown(self.propagate, isinstance(view.study, SliceSegmenter))
             _shown(self.adapted, view.attached)
-            self.beside.value, self.adapted.value = view.beside, view.adapted
+            self.negative.value, self.adapted.value = view.negative, view.adapted
             count = len(view.scores)
             _shown(self.candidate, count > 1)
             options = [(f"{i + 1}: {score:.2f}", i) for i, score in enumerate(view.scores)]
@@ -83,8 +83,8 @@ class Bar:
         finally:
             self._refreshing = before
 
-    def _beside(self, change: Any) -> None:
-        self._wish("beside", change.new)
+    def _negative(self, change: Any) -> None:
+        self._wish("negative", change.new)
 
     def _undo(self, _: Any) -> None:
         self.view.undo()

@@ -85,7 +85,9 @@ class Canvas:
         steps = {
             "ready": self._begin,
             "scroll": lambda: scene.scroll(content["plane"], content["slice"]),
-            "click": lambda: self._prompt(content, "click", 0 if view.beside else content["label"]),
+            "click": lambda: self._prompt(
+                content, "click", 0 if view.negative else content["label"]
+            ),
             "box": lambda: self._prompt(content, "box"),
             "undo": view.study.undo,
         }

@@ -51,5 +51,5 @@ class Sliders:
 
     def _click(self, _: Any) -> None:
         view = self.view
-        label = 0 if view.beside else 1
+        label = 0 if view.negative else 1
         view.change(lambda: view.scene.click_at([slider.value for slider in self.places], label))

@@ -26,7 +26,7 @@ class SegmentView(View):
     def __init__(self, scene: ImageScene | VolumeScene) -> None:
         super().__init__()
         self.scene = scene
-        self.beside = False  # whether clicks in the page are beside the object
+        self.negative = False  # whether clicks in the page are negative, beside the object
         self._adapted = True
         self._parts: list[Any] = []  # of the widget, with `refresh`
 
