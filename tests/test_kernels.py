@@ -15,7 +15,6 @@ import torch
 from interpreted import QUICK, SLOW, Case
 from mmadapt.kernels.cuda import compiler
 
-from mmadapt.ops.choice import WIDEST
 from mmadapt.ops.reference import ACTIVATIONS
 
 HERE = Path(__file__).parent
@@ -97,11 +96,9 @@ def test_a_model_reaches_the_kernels(quick: dict[str, Any]) -> None:
 
 def test_every_activation_has_a_number_and_is_tried() -> None:
     from mmadapt.kernels.settings import NUMBERS
-    from mmadapt.kernels.settings import WIDEST as WIDEST_SETTING
 
     assert set(NUMBERS) == set(ACTIVATIONS)
     assert {case.activation for case in QUICK} == set(ACTIVATIONS)
-    assert WIDEST == WIDEST_SETTING
 
 
 # -- the table of a mixed batch ------------------------------------------------------------------------

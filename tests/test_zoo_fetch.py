@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.error
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,19 @@ def test_without_a_network_the_answer_comes_at_once_and_names_the_ways_on(
     assert "on this machine is tiny/clip" in text
 
 
+def test_a_hub_id_is_to_be_brought_by_hand_under_the_revision_that_was_asked_for(
+    empty_home: Path,
+) -> None:
+    with pytest.raises(OfflineError, match=f"zoo import FOLDER --as hf:org/m@{'a' * 40}`"):
+        get(f"hf:org/m@{'a' * 40}", offline=True, **COST)
+
+
+def test_what_comes_with_mmadapt_is_nowhere_to_be_fetched(hub: Hub, empty_home: Path) -> None:
+    folder = get("tiny/clip")
+    assert get("tiny/clip", refresh=True) == get("tiny/clip", to=empty_home / "shared") == folder
+    assert not hub.requests
+
+
 def test_a_network_that_swallows_packets_is_given_up(
     empty_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +283,18 @@ def test_an_unpinned_file_is_resumed_only_while_its_etag_holds(hub: Hub, empty_h
     assert resumed.range == "bytes=100000-" and resumed.headers["If-Range"].strip('"') == sha256(
         WEIGHTS
     )
+
+
+def test_an_etag_goes_with_the_bytes_it_came_with(hub: Hub, empty_home: Path) -> None:
+    hub.add("org/m", {"net.pth": WEIGHTS})
+    hub.plain["/net.pth"] = WEIGHTS
+    hub.faults.cut_after, hub.faults.ignore_range = 100_000, True
+    with pytest.raises(OfflineError, match="are kept in"):
+        get(entry(f"{hub.url}/org/m/resolve/main/net.pth", pinned=False), **COST)
+    assert list(empty_home.rglob("*.etag"))
+    with pytest.raises(OfflineError, match="are kept in"):  # a mirror that tells no tag starts over
+        get(entry(f"{hub.url}/net.pth", pinned=False), **COST)
+    assert not list(empty_home.rglob("*.etag"))
 
 
 def test_a_part_that_an_earlier_run_left_wrong_is_dropped_and_fetched_anew(
@@ -496,6 +522,30 @@ def test_the_api_is_asked_again_when_it_is_busy(
     hub.faults.times = None
     with pytest.raises(DownloadError, match="answers HTTP 502 again and again"):
         get("hf:org/model", refresh=True, **COST)
+
+
+class Short(BaseHTTPRequestHandler):
+    """Announces more than it sends."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b'{"sha"')
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_an_api_whose_answer_breaks_off_is_told_as_the_network_it_is(
+    empty_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Short) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(OfflineError, match="cannot be reached: IncompleteRead"):
+            get("hf:org/model", **COST)
+        server.shutdown()
 
 
 def test_mirrors_that_all_fail_are_all_named(hub: Hub, empty_home: Path) -> None:

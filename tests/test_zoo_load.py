@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from backbones import hf_clip, hf_vit, segment_anything
 from hub import Hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmadapt as mm
@@ -303,6 +305,31 @@ def test_an_error_while_building_leaves_torch_as_it_was() -> None:
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+def test_models_that_two_threads_build_at_once_leave_torch_as_it_was() -> None:
+    inside, entered, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def build_first() -> None:
+        with weights.without_values():
+            inside.set()
+            leave.wait(10)
+
+    def build_second() -> None:
+        inside.wait(10)
+        with weights.without_values():
+            entered.set()
+            first.join(10)
+            assert nn.Linear(2, 2).weight.is_meta
+
+    original = nn.Module.register_parameter
+    first, second = (threading.Thread(target=each) for each in (build_first, build_second))
+    first.start()
+    second.start()
+    assert not entered.wait(0.2)
+    leave.set()
+    second.join(10)
+    assert entered.is_set() and nn.Module.register_parameter is original
+
+
 def test_what_does_not_fit_is_listed_and_nothing_is_left_empty() -> None:
     with weights.without_values():
         model = Masked()
@@ -367,6 +394,27 @@ def test_folders_of_others_are_looked_through_before_their_library_opens_them(
     with pytest.raises(ZooError, match="exec"):
         mm.load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_trainer_leaves_beside_the_weights_does_not_matter(
+    vit_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "checkpoint-500")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth"):
+        torch.save({"a": Evil(tmp_path / "ran")}, folder / name)
+    assert mm.load(folder).anatomy is not None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tensor_of_another_shape_is_refused_for_transformers_too(
+    vit_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(vit_folder, tmp_path / "vit")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    save_file({**tensors, name: torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ZooError, match="transformers cannot load"):
+        mm.load(folder)
 
 
 def test_old_checkpoints_without_a_zip_are_read(tmp_path: Path) -> None:

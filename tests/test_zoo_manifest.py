@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from downloads import entry
 from hub import Hub
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -105,8 +106,9 @@ def test_lists_are_filtered_and_in_natural_order() -> None:
     assert manifest._natural("b-2") < manifest._natural("b-16")
     few = zoo.list("tiny/*")[:2]
     assert repr(few).startswith("2 entries") and few[0].name == "tiny/ast"
-    with pytest.raises(ZooError, match="max_params is 'many'"):
-        zoo.list(max_params="many")
+    for wrong in ("many", "1.2.3M", "."):
+        with pytest.raises(ZooError, match=f"max_params is '{wrong}'"):
+            zoo.list(max_params=wrong)
     with pytest.raises(ZooError, match="kind is 'model'"):
         zoo.list(kind="model")
 
@@ -216,6 +218,11 @@ def test_manifests_of_the_environment_are_read_when_they_are_named(
 def test_what_is_wrong_with_an_entry_is_named(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ZooError, match=told):
         from_json({**PLAIN, **change})
+
+
+def test_one_alias_without_a_list_is_not_taken_apart() -> None:
+    with pytest.raises(ZooError, match="lab/net: aliases is 'net'.*\n.*list"):
+        entry("https://lab.example/net.pth", aliases="net")
 
 
 def test_what_is_wrong_with_a_manifest_is_named(tmp_path: Path) -> None:

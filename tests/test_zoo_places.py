@@ -160,3 +160,6 @@ def test_missing_libraries_are_named_before_the_download(hub: Hub, empty_home: P
     with pytest.raises(MissingDependencyError, match=r"needs torch>=900, this is 2"):
         get(item, **COST)
     assert hub.requests == []
+    hub.plain["/net.pth"] = WEIGHTS
+    get(item, to=empty_home / "shared", **COST)  # for machines that have it
+    assert hub.fetched("net.pth")

@@ -1,7 +1,7 @@
 """A hub of models on this machine, so that downloads and uploads can be tried without the real one.
 
-It answers what mmadapt and huggingface_hub ask of the hub's API, on a free port of 127.0.0.1, keeps
-everything in memory, and can be made to fail.
+It answers what mmadapt asks of the hub's API, and huggingface_hub for uploads, on a free port of
+127.0.0.1, keeps everything in memory, and can be made to fail.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from mmadapt.kernels.cuda.instance import (  # pyright: ignore[reportMissingImpo
     CHUNK,
     fits,
 )
+from mmadapt.kernels.settings import WIDEST  # pyright: ignore[reportMissingImports]
 from mmadapt.ops.reference import ACTIVATIONS
 
 PATHS = ("reference", "triton", "cuda")
@@ -34,8 +35,6 @@ FORCED: str | None = os.environ.get("MMADAPT_OPS") or None
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
-#: the widest bottleneck whose tiles fit a kernel's registers
-WIDEST = 128
 #: blocks of a cluster where the CUDA forward is asked for and nothing was measured
 CLUSTER = 4
 

@@ -206,6 +206,8 @@ def _receive(attempt: _Attempt) -> bool:
         etag = answer.headers.get("ETag") or ""
         if not file.pinned and etag and not etag.startswith("W/"):
             tag.write_text(etag)
+        elif not have:  # an earlier answer's tag does not speak of these bytes
+            tag.unlink(missing_ok=True)
         with open(part, "r+b" if have else "wb") as out:
             out.seek(have)
             out.truncate()

@@ -59,6 +59,8 @@ class Entry:
 
     def __post_init__(self) -> None:
         for name in ("files", "aliases", "modality", "tasks", "globals"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise self._wrong(name, "expected several, as in a list")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.name, str) or not (
             (NAME.fullmatch(self.name) and "--" not in self.name) or HUB_NAME.fullmatch(self.name)

@@ -27,6 +27,8 @@ from mmadapt.folders import hub_home
 
 #: seconds until it is clear that there is no network, all mirrors together
 PATIENCE = 2.5
+#: bytes of an answer that is read at once
+_LONGEST = 50_000_000
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -246,6 +248,15 @@ def request(
     if token:
         asked.add_unredirected_header("Authorization", f"Bearer {token}")
     return _opener(connect or now.connect).open(asked, timeout=now.read)
+
+
+def content(url: str, token: str | None) -> bytes:
+    """The whole of a short answer; one that breaks off raises `http.client.IncompleteRead`."""
+    with request(url, token=token) as answer:
+        found = answer.read(_LONGEST)
+        if answer.length:  # it was announced, and did not come
+            raise http.client.IncompleteRead(found, answer.length)
+        return found
 
 
 def reason(error: BaseException) -> str:

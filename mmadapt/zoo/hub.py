@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from mmadapt.errors import DownloadError, GatedError, ZooError
 from mmadapt.zoo.download import patiently
-from mmadapt.zoo.fetch import request, settings
+from mmadapt.zoo.fetch import content, settings
 from mmadapt.zoo.files import COMMIT, File, role_of
 
 
@@ -21,7 +21,6 @@ class Listing:
     commit: str
     files: tuple[File, ...]
     licence: str = "unknown"
-    gated: bool = False
 
 
 def address(repo: str, revision: str, path: str) -> str:
@@ -33,8 +32,7 @@ def listing(repo: str, revision: str, token: str | None, name: str = "") -> List
     """Ask the hub which commit `revision` is and what it holds. `name` is what errors speak of."""
     url = f"{settings().endpoint}/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
     try:
-        with patiently(lambda: request(url, token=token), url) as answer:
-            data = json.loads(answer.read(50_000_000))
+        data = json.loads(patiently(lambda: content(url, token), url))
     except urllib.error.HTTPError as error:
         raise refused(error, repo, revision, name) from None
     except ValueError as error:
@@ -65,7 +63,7 @@ def _listing(data: Any, url: str) -> Listing:
             )
         card = data.get("cardData")
         licence = (card.get("license") if isinstance(card, dict) else None) or "unknown"
-        return Listing(commit, tuple(files), str(licence)[:80], bool(data.get("gated")))
+        return Listing(commit, tuple(files), str(licence)[:80])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DownloadError(f"{url} answered with what is no repository: {error}") from None
     except ZooError as error:

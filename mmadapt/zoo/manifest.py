@@ -213,12 +213,10 @@ def list(
 
 
 def _count(text: int | str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([kKMB]?)", str(text).strip())
-    try:
-        assert match is not None
-        return int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
-    except (AssertionError, ValueError):
-        raise ZooError(f"max_params is {text!r}", "a count such as 200_000_000 or '200M'") from None
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kKMB]?)", str(text).strip())
+    if match is None:
+        raise ZooError(f"max_params is {text!r}", "a count such as 200_000_000 or '200M'")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
 
 
 def search(words: str) -> Entries:

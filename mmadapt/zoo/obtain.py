@@ -57,7 +57,8 @@ def get(
 
     `what` is a zoo name, an `Entry` or a hub id (`hf:org/repo@revision`), of which `patterns` takes only
     files that match; `refresh` asks again which commit a branch is. `to` is a root for other machines to
-    read through MMADAPT_ZOO_PATH. What is here needs no request at all.
+    read through MMADAPT_ZOO_PATH. What is here needs no request at all; what comes
+    with mmadapt stays where it is.
 
     Raises `OfflineError` (no network, within three seconds), `GatedError`, `ChecksumError`, `StorageError`
     or `DownloadError`, each with the way on; what had arrived is kept and gone on with.
@@ -68,13 +69,15 @@ def get(
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     chosen = None if patterns is None else tuple(patterns)
     damaged = ""
-    if to is None and not refresh:
+    asks_anew = refresh and "hf" in item.source  # nothing else has branches
+    if "bundled" in item.source or (to is None and not asks_anew):
         found, damaged = here(item, chosen)
         if found is not None:
             return found.folder
     if offline or settings().offline:
         raise _offline(item, damaged or "the network is not to be used")
-    _require_libraries(item)
+    if to is None:  # other machines have libraries of their own
+        _require_libraries(item)
     if "manual" in item.source:
         raise _by_hand(item)
     show = progress and _can_show()
@@ -120,9 +123,12 @@ def _offline(item: Entry, why: str, hint: str = "") -> OfflineError:
         if other.kind == item.kind and item.anatomy and other.anatomy == item.anatomy
         and other.name != item.name and places.find(other)
     ]  # fmt: skip
+    asked = item.name
+    if asked.startswith("hf:") and item.revision:
+        asked += f"@{item.revision}"
     elsewhere = (
         f"fetch it from {item.page} on a machine with network, then "
-        f"`mmadapt zoo import {'FOLDER' if len(item.files) != 1 else 'FILE'} --as {item.name}`"
+        f"`mmadapt zoo import {'FOLDER' if len(item.files) != 1 else 'FILE'} --as {asked}`"
     )
     instead = f"; on this machine is {' and '.join(near[:2])}" if near else ""
     return OfflineError(

@@ -85,8 +85,11 @@ def _transformers(
     import transformers
     from transformers.utils import logging
 
+    safe = any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
     for path in folder.iterdir():
-        weights.require_readable(path, item.globals if item else ())
+        # beside safetensors transformers opens nothing pickled, such as a Trainer's state
+        if not (safe and path.suffix in weights.PICKLED):
+            weights.require_readable(path, item.globals if item else ())
     name = name or (config.get("architectures") or [""])[0]
     cls = getattr(transformers, name, transformers.AutoModel)
     if f"{cls.__module__}.{cls.__qualname__}" not in KNOWN:
@@ -98,7 +101,7 @@ def _transformers(
     try:
         with torch.random.fork_rng(devices=[]):
             model = cls.from_pretrained(folder, local_files_only=True, **settings)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError) as error:  # the last for shapes
         raise ZooError(
             f"transformers cannot load {folder}: {str(error)[:400]}",
             "is it a model of another library, or of a newer transformers?",

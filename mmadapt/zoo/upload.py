@@ -13,7 +13,8 @@ from mmadapt.core.card import CARD, is_ours
 from mmadapt.core.store import content, to_files, writes
 from mmadapt.errors import DownloadError, GatedError, OfflineError, ZooError
 from mmadapt.zoo import hub
-from mmadapt.zoo.fetch import Settings, reason, request, settings
+from mmadapt.zoo.fetch import Settings, reason, settings
+from mmadapt.zoo.fetch import content as answered
 from mmadapt.zoo.files import megabytes
 
 _LOGIN = (
@@ -100,7 +101,7 @@ def _ready(token: str | bool | None, repo: str) -> Settings:
     if not now.token and not now.offline:
         raise GatedError(f"sending to {repo} needs a token, and there is none", _LOGIN)
     try:
-        _ask(now, repo, f"{now.endpoint}/api/whoami-v2").close()
+        _ask(now, repo, f"{now.endpoint}/api/whoami-v2")
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise GatedError(f"{now.endpoint} does not know the token", _LOGIN) from None
@@ -110,11 +111,11 @@ def _ready(token: str | bool | None, repo: str) -> Settings:
     return now
 
 
-def _ask(now: Settings, repo: str, url: str) -> http.client.HTTPResponse:
-    """One request; `OfflineError` within three seconds where nothing answers."""
+def _ask(now: Settings, repo: str, url: str) -> bytes:
+    """What is answered to one request; `OfflineError` within three seconds where nothing answers."""
     later = "mmadapt.save keeps the adapter here; push again where there is a network"
     try:
-        return request(url, token=now.token)
+        return answered(url, now.token)
     except OfflineError as error:
         raise OfflineError(f"nothing was sent to {repo}: {error.message}", later) from None
     except urllib.error.HTTPError:
@@ -128,8 +129,7 @@ def _ask(now: Settings, repo: str, url: str) -> http.client.HTTPResponse:
 def _page(now: Settings, repo: str) -> str:
     """The page of the repository; empty where there is none."""
     try:
-        with _ask(now, repo, hub.address(repo, "main", CARD)) as answer:
-            return answer.read(1_000_000).decode(errors="replace")
+        return _ask(now, repo, hub.address(repo, "main", CARD)).decode(errors="replace")
     except urllib.error.HTTPError as error:
         if error.code in (401, 404):
             return ""
@@ -139,7 +139,7 @@ def _page(now: Settings, repo: str) -> str:
 def _exists(now: Settings, repo: str) -> bool:
     """Whether the repository is there, for this token's owner to see."""
     try:
-        _ask(now, repo, f"{now.endpoint}/api/models/{repo}").close()
+        _ask(now, repo, f"{now.endpoint}/api/models/{repo}")
     except urllib.error.HTTPError:
         return False
     return True

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+#: building replaces a method of every module for a while: one thread at a time
+_BUILDING = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -26,11 +28,12 @@ def without_values() -> Iterator[None]:
     """Modules built inside have parameters on the meta device, which cost nothing, and real buffers.
 
     Buffers are what files often leave out (masks, positions), so they are computed as the module computes
-    them. The global random state is left alone.
+    them. The global random state is left alone. Other threads wait until this one has built.
     """
     import torch
     from torch import nn
 
+    _BUILDING.acquire()
     register = nn.Module.register_parameter
     here = threading.get_ident()
 
@@ -45,6 +48,7 @@ def without_values() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register
+        _BUILDING.release()
 
 
 def fill(
