@@ -190,7 +190,7 @@ def test_a_merged_attachment_and_a_block_without_gradients_do_not_disturb_it() -
 
 
 def test_one_row_proves_nothing_about_batch_mates() -> None:
-    with pytest.raises(CheckError, match="the batch has one row; give it two or more"):
+    with pytest.raises(CheckError, match="the batch has one row; give it two or more rows"):
         mm.check_laws(small(), mm.Bottleneck(4), hidden(1), at=AT)
 
 

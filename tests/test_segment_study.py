@@ -8,6 +8,7 @@ import numpy
 import PIL.Image
 import pytest
 import torch
+from snapshot import randomise
 
 import mmadapt as mm
 from mmadapt.errors import BackboneError, DataError
@@ -78,6 +79,29 @@ def test_an_image_is_encoded_once_until_the_adapter_is_trained_or_switched(image
     assert len(runs) == 3 and numpy.array_equal(study.mask, before)
     study.undo()
     assert study.labels == [1]  # asking again is no step of its own
+
+
+def test_an_image_is_encoded_anew_for_other_weights_and_where_sites_rest(image: Any) -> None:
+    sam: Any = mm.load("tiny/sam")
+    randomise(mm.attach(sam, mm.Bottleneck(4), seed=0))
+    study = segment.ImageSegmenter(sam, image[0])
+    study.click(image[1])
+
+    def fresh() -> list[float]:
+        other = segment.ImageSegmenter(sam, image[0])
+        other.click(image[1])
+        return other.scores
+
+    whole = study.scores
+    mm.set_active(sam, mm.Sum("default", weights=(0.1,)))
+    study.again()
+    assert study.scores == fresh() != whole
+    mm.set_active(sam, "default")
+    with mm.disabled(sam, at="vision.layers[*].mlp"):
+        study.again()
+        assert study.scores == fresh() != whole
+    study.again()
+    assert study.scores == whole
 
 
 def test_candidates_are_chosen_by_number(sam: Any, image: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mmadapt as mm
 from mmadapt.errors import MmadaptError
 from mmadapt.train.kept import kept_for_backward
+from mmadapt.train.recompute import recompute
 
 
 def vit(**options: Any) -> nn.Module:
@@ -120,6 +121,27 @@ def test_a_trainer_may_ask_for_it_inside_the_block() -> None:
         assert_close(gradients(model, attachment), expected, 1e-6)
         assert all(layer.training for layer in model.vit.layers)
         assert not model.training
+
+
+def test_a_layer_that_trains_as_a_whole_is_left_to_train() -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    class Dropping(GradientCheckpointingLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.gradient_checkpointing = True
+            self._gradient_checkpointing_func = lambda run, *args: run(*args)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    model = nn.Sequential(Dropping()).eval()
+    recompute(model)
+    x = torch.ones(4, 8)
+    assert torch.equal(model(x), x)
+    model.train()  # whoever has detached and trains all of it
+    assert not torch.equal(model(x), x)
 
 
 def test_what_was_not_asked_for_does_not_happen() -> None:

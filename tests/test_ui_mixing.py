@@ -166,6 +166,19 @@ def test_what_was_attached_since_has_a_slider_after_refresh(model: nn.Module) ->
     assert mm.active(model).names == ("new", "a")
 
 
+def test_what_was_detached_since_has_no_slider_after_refresh(model: nn.Module) -> None:
+    view = mm.ui.mix(model, total(model))
+    assert len(controls(view)) == 2
+    mm.detach(model, "a")
+    view.refresh()
+    assert view.weights == {"b-2": 1.0}
+    assert [control.description for control in controls(view)] == ["b-2"]
+    mm.detach(model)
+    with pytest.raises(mm.errors.AttachError, match="nothing is attached"):
+        view.refresh()
+    assert view.weights == {"b-2": 1.0}
+
+
 def test_a_view_is_a_picture_and_a_text(model: nn.Module) -> None:
     view = mm.ui.mix(model, lambda: "the sky is blue")
     bundle = view._repr_mimebundle_()

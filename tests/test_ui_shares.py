@@ -108,6 +108,8 @@ def test_too_few_images_or_tokens_are_refused() -> None:
         mm.ui.contribution(model, pixels(2), images(1))
     with pytest.raises(mm.errors.DataError, match="0 tokens for 2 rows"):
         mm.ui.contribution(model, pixels(2), tokens=[])
+    with pytest.raises(mm.errors.DataError, match="1 seconds for 2 rows"):
+        mm.ui.contribution(model, pixels(2), seconds=[1.5])
 
 
 @pytest.mark.parametrize(

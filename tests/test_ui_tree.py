@@ -67,6 +67,8 @@ def test_columns_without_a_number_are_left_out() -> None:
     mm.attach(model, mm.Bottleneck(4))
     columns = mm.ui.inspect(model).summary().columns
     assert columns[-2:] == ("parameters", "norm")
+    with_shares = mm.ui.inspect(model, pixels(2)).summary()
+    assert with_shares.columns[-1] == "share"  # 0 at the start is a number
 
 
 def test_a_switch_of_an_attachment_is_set_active(model: nn.Module) -> None:
@@ -107,6 +109,21 @@ def test_a_switch_of_a_group_lets_its_sites_rest(model: nn.Module) -> None:
     assert view.resting == []
     with torch.no_grad():
         assert torch.equal(model(pixels(2)), whole)
+
+
+def test_attachments_at_the_same_sites_rest_together() -> None:
+    model = BACKBONES["open_clip_vision"].fresh()
+    for name in "ab":
+        mm.attach(model, mm.Bottleneck(4), name=name)
+    view = mm.ui.inspect(model)
+    view.widget  # noqa: B018
+    first, second = (switch for _, switch, *_ in view._rows.values())
+    sites = ["vision.layers[0].mlp:out", "vision.layers[1].mlp:out"]
+    for moved in (first, second):
+        send(moved, False)
+        assert view.resting == sites and not first.value and not second.value
+        send(moved, True)
+        assert view.resting == [] and first.value and second.value
 
 
 def test_sites_that_rest_can_be_assigned_and_survive_other_switches(model: nn.Module) -> None:

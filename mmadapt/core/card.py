@@ -87,7 +87,7 @@ def _front(manifest: Mapping[str, Any], adapters: list[Adapter]) -> str:
     return "\n".join(lines)
 
 
-def _facts(manifest: Mapping[str, Any], adapters: list[Adapter]) -> Iterator[tuple[str, str]]:
+def _facts(manifest: Mapping[str, Any], adapters: list[Adapter]) -> Iterator[tuple[str, Any]]:
     backbone = manifest["backbone"]
     yield "backbone", f"{backbone.get('zoo') or 'not of the zoo'}, `{backbone['class']}`"
     if backbone.get("revision"):
@@ -117,8 +117,8 @@ def _size(shape: str) -> int:
     return total
 
 
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+def _cell(text: Any) -> str:
+    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _listed(papers: Mapping[str, None]) -> str:

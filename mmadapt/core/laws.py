@@ -267,9 +267,11 @@ def _rows(subject: Subject) -> str:
             found = max(found, distance(tuple(t for t in alone if t.ndim and len(t) == 1), own))
         return found
 
-    count = len(next(tensors_in(subject.batch)))
+    count = next((len(tensor) for tensor in tensors_in(subject.batch) if tensor.ndim), 0)
     if count < 2:
-        raise Broken("the batch has one row; give it two or more")
+        raise Broken(
+            f"the batch has {'one row' if count else 'no tensor'}; give it two or more rows"
+        )
     if worst(subject.frozen()) > 5e-5:
         return "not checked: rows see each other in the backbone itself"
     found = worst(subject.acting()[0])

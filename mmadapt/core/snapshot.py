@@ -83,5 +83,5 @@ def randomise(attachment: Any, amount: float = 0.3, seed: int = 5) -> Any:
     with torch.no_grad():
         for parameter in attachment.parameters():
             noise = amount * torch.randn(parameter.shape, generator=draw)
-            parameter.add_(noise if parameter.ndim else 0.5 + noise.abs())
+            parameter.add_((noise if parameter.ndim else 0.5 + noise.abs()).to(parameter))
     return attachment

@@ -17,13 +17,16 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 class _Evaluating:
-    """A layer's checkpointing function whose passes find the layer in eval mode."""
+    """A layer's checkpointing function whose passes find the layer in eval mode, while its parts are."""
 
     def __init__(self, layer: nn.Module, function: Callable[..., Any]) -> None:
         self.layer = layer
         self.function = function
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if any(part.training for part in self.layer.children()):  # put into train mode as a whole
+            return self.function(run, *args, **kwargs)
+
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             before, self.layer.training = self.layer.training, False
             try:

@@ -64,10 +64,12 @@ class MixView(Settings):
 
     def refresh(self) -> None:
         """Take up what is attached and active now, and call the function again."""
-        self.values = {}
-        self.change(**self._in_force())
-        if self._widget is not None:  # other attachments have other sliders
-            self._widget.children = (self._build(), *self._widget.children[1:])
+        self.values, self._controls_made = self._in_force(), {}
+        try:
+            self.change()
+        finally:
+            if self._widget is not None:  # other attachments have other sliders
+                self._widget.children = (self._build(), *self._widget.children[1:])
 
     def _in_force(self) -> dict[str, float]:
         _, bank = require_bank(self.model)

@@ -62,10 +62,10 @@ class SharesView(Settings):
         self.found, self.images, self.tokens = found, images, tokens
         #: rows of the batch, by the sites that have one row for each
         self.rows = min(len(share) for share in found.shares.values())
-        for word, given in (("images", images), ("tokens", tokens)):
+        lasting = [seconds] * self.rows if isinstance(seconds, (int, float)) else seconds
+        for word, given in (("images", images), ("tokens", tokens), ("seconds", lasting)):
             if given is not None and len(given) < self.rows:
                 raise DataError(f"there are {len(given)} {word} for {self.rows} rows of the batch")
-        lasting = [seconds] * self.rows if isinstance(seconds, (int, float)) else seconds
         self.seconds: list[float] | None = None if lasting is None else [float(s) for s in lasting]
         super().__init__(row=0)
 

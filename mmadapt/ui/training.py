@@ -103,8 +103,8 @@ class LiveRun:
         if in_notebook():
             self._frame._draw(final=False)  # in this cell; the thread brings it up to date
             self._show_button()
+        atexit.register(self._ending)  # before a short run can be over and take it back
         self._thread.start()
-        atexit.register(self._ending)
 
     def _run(self) -> None:
         m, data, options = self._call

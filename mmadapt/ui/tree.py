@@ -145,7 +145,7 @@ class TreeView(View):
                     _values(group),
                 )
             )
-        wholly_empty = [c for c in (8, 7, 6) if not any(row[c] for row in table.rows)]
+        wholly_empty = [c for c in (8, 7, 6) if all(row[c] in (None, "") for row in table.rows)]
         for place in wholly_empty:
             table.columns = table.columns[:place] + table.columns[place + 1 :]
             table.rows = [row[:place] + row[place + 1 :] for row in table.rows]
@@ -205,15 +205,13 @@ class TreeView(View):
     def _rested(self, change: Any) -> None:
         if not self._following:
             _, bank = require_bank(self.model)
-            resting = set(bank.resting)
-            for group, switch, _, _ in self._rows.values():
-                own = group.places
-                if not switch.value:
-                    resting |= own
-                elif own <= resting:  # else only some of its sites rest, as was chosen elsewhere
-                    resting -= own
+            (own,) = (
+                group.places
+                for group, switch, _, _ in self._rows.values()
+                if switch is change["owner"]
+            )
             try:
-                bank.rest(frozenset(resting))
+                bank.rest(bank.resting - own if change["new"] else bank.resting | own)
             finally:
                 self._follow()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Batch:
 
 def check_clips(clips: Audio | Sequence[Audio], rate: int, least: int) -> list[Audio]:
     """The clips, each at `rate` and with `least` samples or more; else a `DataError` that names it."""
-    one = isinstance(clips, (Audio, str)) or hasattr(clips, "dtype")  # a path or samples: refused
+    # a path or samples: refused
+    one = isinstance(clips, (Audio, str, os.PathLike)) or hasattr(clips, "dtype")
     several: Any = [clips] if one else clips
     if not len(several):
         raise DataError("there are no clips")

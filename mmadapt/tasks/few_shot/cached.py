@@ -23,7 +23,7 @@ class CachedShots:
     The embeddings are the frozen backbone's, as `features` gives them; labels count the classifier's
     classes. Which images are the first k shots of a class is drawn by `seed`, once, so that four shots
     hold the first two. `adapter` is an attachment of `mm.ClipAdapter`, trained or not, whose ratio can
-    be changed. Raises `DataError` for what does not fit.
+    be changed. What is kept and returned is on the CPU. Raises `DataError` for what does not fit.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class CachedShots:
     @torch.no_grad()
     def _base(self, ratio: float) -> Tensor:
         mixed = self._test if self._change is None else self._test + ratio * self._change
-        return self._head(mixed).float()
+        return self._head(mixed.to(self._head.weight.device)).float().cpu()
 
 
 def _checked(
@@ -107,7 +107,7 @@ def _checked(
             f"{word} labels run from {int(owners.min())} to {int(owners.max())}, the classifier has "
             f"{classes} classes"
         )
-    values = features.detach().float()
+    values = features.detach().float().cpu()
     if not bool(torch.isfinite(values).all()):
         raise DataError(f"{word} features hold values that are not finite")
     return values, owners
@@ -122,4 +122,5 @@ def _change(adapter: Attachment, features: Tensor) -> Tensor:
             f"attachment {adapter.name!r} holds {len(layers)} CLIP-Adapters, expected one",
             "mm.attach(backbone, mm.ClipAdapter()) makes one",
         )
-    return clip_adapter(features, layers[0].first.float(), layers[0].second.float(), 1.0)
+    first, second = layers[0].first.float().cpu(), layers[0].second.float().cpu()
+    return clip_adapter(features, first, second, 1.0)

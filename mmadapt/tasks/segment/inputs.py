@@ -111,15 +111,20 @@ def acting(m: Any) -> tuple[str, ...]:
 def acting_state(m: Any) -> tuple[Any, ...]:
     """What acts now and in which state: another one after a switch, a step of training or a load.
 
-    What was encoded under one state says nothing under another.
+    Other weights of a composition, sites that rest and what is merged are another state as well. What
+    was encoded under one state says nothing under another.
     """
     bank = bank_of(unwrap_model(m))
-    return tuple(
+    if bank is None:
+        return ()
+    tensors = (
         (name, id(tensor), tensor._version)
         for name in acting(m)
-        for _, layer in bank.tensors_of(name)  # type: ignore[union-attr]
+        for _, layer in bank.tensors_of(name)
         for tensor in layer.parameters()
     )
+    composition = bank.active if bank.acting else None
+    return composition, bank.resting, tuple(bank.merged), *tensors
 
 
 def same_window(one: Window, other: Window) -> bool:
