@@ -160,7 +160,7 @@ class _File:
                     f"{path!r} is changed by a LoRA and trained itself, and PEFT does either",
                     "save it with mmadapt.save",
                 )
-            scale = next(iter(parts.values())).scale
+            scale = next((change.scale for change in parts.values() if change.scale), 1.0)
             of_rows = {
                 place: (change.a, change.b * (change.scale / scale))
                 for place, change in parts.items()
@@ -211,12 +211,25 @@ class _File:
                     f"{others[0]!r} too",
                     "save it with mmadapt.save",
                 )
+            if self._wrapped(path) != path:
+                raise AdapterFileError(
+                    f"{path!r} is trained itself inside an attention that a LoRA changes, and PEFT does "
+                    "either",
+                    "save it with mmadapt.save",
+                )
         return {
-            f"{PREFIX}{path}{'.base_layer' if path in self.changes else ''}.{word}": tensor
+            f"{PREFIX}{self._wrapped(path)}.{word}": tensor
             for path, tensors in self.whole.items()
             for word, tensor in tensors.items()
             if path in self.modules_to_save or word == "bias"
         }
+
+    def _wrapped(self, path: str) -> str:
+        """Where a module stands once PEFT has wrapped those that LoRAs change."""
+        if path in self.changes:
+            return f"{path}.base_layer"
+        around, _, own = path.rpartition(".")
+        return f"{around}.base_layer.{own}.base_layer" if around in self.changes else path
 
     def config(self) -> dict[str, Any]:
         """What `adapter_config.json` says."""
