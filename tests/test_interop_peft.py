@@ -380,6 +380,11 @@ def test_variants_are_named(
         ({"alpha_pattern": [1]}, "alpha_pattern is [1], expected an object"),
         ({"rank_pattern": {"(": 1}}, "rank_pattern has '('"),
         ({"lora_dropout": 4}, "dropout is 4"),
+        ({"r": 0}, "r is 0, expected a whole number of at least 1"),
+        (
+            {"rank_pattern": {"q_proj": 2.5}},
+            "rank_pattern['q_proj'] is 2.5, expected a whole number",
+        ),
     ],
 )
 def test_settings_without_meaning_are_named(
