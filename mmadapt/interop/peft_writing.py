@@ -203,18 +203,18 @@ class _File:
     def wholes(self) -> dict[str, Tensor]:
         """The tensors of modules that were trained whole, by their keys."""
         names = [name for name, _ in self.places.model.named_modules()]
-        for path in self.modules_to_save:
+        for path in sorted(self.modules_to_save):
+            if self._wrapped(path) != path:
+                raise AdapterFileError(
+                    f"{path!r} is trained itself inside an attention that a LoRA changes, and PEFT does "
+                    "either",
+                    "save it with mmadapt.save",
+                )
             others = [name for name in names if name.endswith(path) and name != path]
             if others:
                 raise AdapterFileError(
                     f"PEFT finds modules to save by the end of their path, and {path!r} ends "
                     f"{others[0]!r} too",
-                    "save it with mmadapt.save",
-                )
-            if self._wrapped(path) != path:
-                raise AdapterFileError(
-                    f"{path!r} is trained itself inside an attention that a LoRA changes, and PEFT does "
-                    "either",
                     "save it with mmadapt.save",
                 )
         return {
