@@ -15,7 +15,7 @@ attachment = mm.attach(clip, mm.Bottleneck(8), name="try")
 with torch.no_grad():
     assert torch.allclose(clip.model.encode_image(pixels), before, atol=1e-5)
 mm.save(clip, "try-adapter")
-mm.load_adapter(mm.load("tiny/clip"), "try-adapter")
+mm.load_adapter(mm.load("tiny/clip"), "./try-adapter")
 mm.detach(clip)
 from mmadapt.kernels.cuda import compiler  # noqa: E402
 
