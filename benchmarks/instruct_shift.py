@@ -229,6 +229,9 @@ def run(parts: list[str]) -> dict[str, Any]:
                     keep("choose", measure(method, rate, seed, "validation"))
     if "wording" in parts:
         rates = chosen(known)
+        unchosen = [method for method in compare.METHODS if method not in rates]
+        if unchosen:
+            raise SystemExit(f"no rate was chosen for {unchosen}; --parts choose,wording does")
         if not known["wording"]:
             _, new, old = task(0, "test")
             keep("wording", dataclasses.asdict(compare.bare(mm.load(BACKBONE), new, old)))

@@ -224,8 +224,19 @@ def test_a_written_file_says_what_peft_needs(tmp_path: Path) -> None:
         ),
         ("hf_whisper", [mm.LoRA(2, at=["audio.conv1", "text.layers[*].cross.*"])]),
         ("hf_llama", [mm.LoRA(2), mm.Unlock(at="text.layers[*].norm1")]),
+        ("open_clip", [mm.LoRA(2), mm.Unlock(at="*.layers[*].attn.o.bias")]),
+        ("open_clip", [mm.LoRA(2, alpha=0.0), mm.LoRA(3, alpha=2.0, at="*.layers[*].attn.o")]),
     ],
-    ids=["packed", "output alone", "rows", "biases", "convolution", "decoder"],
+    ids=[
+        "packed",
+        "output alone",
+        "rows",
+        "biases",
+        "convolution",
+        "decoder",
+        "bias of a packed output",
+        "a scale of zero",
+    ],
 )
 def test_what_is_written_is_read_back(name: str, adapters: Any, tmp_path: Path) -> None:
     tiny = ALL[name]
@@ -283,6 +294,11 @@ def test_a_packed_change_that_was_never_trained_keeps_its_rank(tmp_path: Path) -
             "open_clip",
             [mm.LoRA(2), mm.Unlock(at="*.layers[*].attn.k")],
             "in_proj_weight', whose module holds others",
+        ),
+        (
+            "open_clip",
+            [mm.LoRA(2), mm.Unlock(at="*.layers[*].attn.o")],
+            "trained itself inside an attention that a LoRA changes",
         ),
         ("hf_vit_classifier", [mm.LoRA(2), mm.Head(3, norm=True)], "no plain output layer"),
         ("hf_sam", mm.LoRA(2, at="vision.layers[*].attn.rel_h"), "PEFT changes weights of modules"),
@@ -364,6 +380,11 @@ def test_variants_are_named(
         ({"alpha_pattern": [1]}, "alpha_pattern is [1], expected an object"),
         ({"rank_pattern": {"(": 1}}, "rank_pattern has '('"),
         ({"lora_dropout": 4}, "dropout is 4"),
+        ({"r": 0}, "r is 0, expected a whole number of at least 1"),
+        (
+            {"rank_pattern": {"q_proj": 2.5}},
+            "rank_pattern['q_proj'] is 2.5, expected a whole number",
+        ),
     ],
 )
 def test_settings_without_meaning_are_named(
@@ -430,6 +451,18 @@ def test_a_name_of_target_modules_that_nothing_belongs_to_is_told(
     file = rewrite(folder("clip_vision"), target_modules=["q_proj", "v_proj", "fc1", "fc9"])
     report = read_peft(backbone("clip_vision", saved), file)
     assert report.notes == ("target_modules names 'fc9', which no tensor of the file belongs to",)
+
+
+def test_a_name_of_one_layer_beside_names_of_all_asks_for_that_layer_alone(
+    folder: Callable[[str], Path], saved: dict[str, Tensor]
+) -> None:
+    file = rewrite(
+        folder("clip_vision"),
+        lambda t: {k: v for k, v in t.items() if "layers.1.mlp.fc1" not in k},
+        target_modules=["q_proj", "v_proj", "layers.0.mlp.fc1"],
+    )
+    report = read_peft(backbone("clip_vision", saved), file)
+    assert report.tensors == 10 and report.notes == ()
 
 
 def test_a_damaged_or_incomplete_folder_is_told(

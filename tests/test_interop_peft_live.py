@@ -104,6 +104,7 @@ def test_what_peft_trained_is_read_and_written_back_for_it(
 OURS: list[tuple[str, Any]] = [
     ("open_clip", mm.LoRA(2, alpha=3.0)),
     ("open_clip", [mm.LoRA(2, at="*.layers[*].attn.o"), mm.LoRA(4, at="text.layers[1].attn.k")]),
+    ("open_clip", [mm.LoRA(2), mm.Unlock(at="*.layers[*].attn.o.bias")]),
     ("open_clip", mm.LoRA(2, at="text.layers[*].mlp.up")),  # its paths end those of the image tower
     ("open_clip_custom_text", mm.LoRA(2, alpha=3.0)),
     ("open_clip_timm", mm.LoRA(2, alpha=3.0)),

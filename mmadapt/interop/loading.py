@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 #: what AdapterHub writes beside several adapters
 _TOGETHER = {"adapter_fusion_config.json": "a fusion", "adapter_setup.json": "a composition"}
-_LANGUAGE = re.compile(r"adapter\.[A-Za-z0-9_-]+\.(?:safetensors|bin)\Z")
 _FILES = (".zip", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".adapter", ".tar")
 #: what is fetched of a repository on the hub: adapters of mmadapt, PEFT and AdapterHub at its top
 _ON_THE_HUB = (

@@ -205,13 +205,20 @@ class _Lora:
         self.converted.append(key)
 
     def _everywhere(self, paths: list[str]) -> None:
-        """Where the file's modules stand for those of every layer, each layer has to be there."""
-        if self.settings.everywhere:
-            self.placing.require_everywhere(self.found)
-        for end in self.settings.everywhere:
-            if not any(path.replace(_INNER, "").endswith(end) for path in paths):
+        """Where names of the file stand for the modules of every layer, each layer has to be there."""
+        ends = self.settings.everywhere
+        named = [path for path in (p.replace(_INNER, "") for p in paths) if _ends(path, ends)]
+        roles = {role for path in named for role in self.placing.places.of_module(path)}
+        self.placing.require_everywhere(roles & self.found)
+        for end in ends:
+            if not any(_ends(path, (end,)) for path in named):
                 self._note(f"target_modules names {end!r}, which no tensor of the file belongs to")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _ends(path: str, names: tuple[str, ...]) -> bool:
+    """Whether a module's path is one of these names or ends with one."""
+    return f".{path}".endswith(tuple(f".{name}" for name in names))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmadapt.errors import AdapterFileError
 from mmadapt.interop.foreign import some
+
+_Number = TypeVar("_Number", int, float)
 
 CONFIG = "adapter_config.json"
 LAST_TWICE = (0, 21)
@@ -88,12 +90,12 @@ def lora_file(path: Path, config: Mapping[str, Any]) -> LoraFile:
             else "merge it in PEFT, or train a plain LoRA",
         )
     return LoraFile(
-        int(_number(path, "r", config.get("r", 8))),
+        _rank(path, "r", config.get("r", 8)),
         _number(path, "lora_alpha", config.get("lora_alpha", 8)),
         _number(path, "lora_dropout", config.get("lora_dropout", 0.0)),
         bool(config.get("use_rslora")),
-        {pattern: int(rank) for pattern, rank in _patterns(path, config, "rank_pattern").items()},
-        _patterns(path, config, "alpha_pattern"),
+        _patterns(path, config, "rank_pattern", _rank),
+        _patterns(path, config, "alpha_pattern", _number),
         _release(config) <= LAST_TWICE,
         _everywhere(config),
     )
@@ -111,7 +113,18 @@ def _number(path: Path, what: str, value: Any) -> float:
     return float(value)
 
 
-def _patterns(path: Path, config: Mapping[str, Any], option: str) -> dict[str, float]:
+def _rank(path: Path, what: str, value: Any) -> int:
+    number = _number(path, what, value)
+    if number < 1 or number != int(number):
+        raise AdapterFileError(
+            f"{path}: {what} is {value!r:.60}, expected a whole number of at least 1"
+        )
+    return int(number)
+
+
+def _patterns(
+    path: Path, config: Mapping[str, Any], option: str, read: Callable[[Path, str, Any], _Number]
+) -> dict[str, _Number]:
     found = config.get(option) or {}
     if not isinstance(found, dict):
         raise AdapterFileError(f"{path}: {option} is {found!r:.60}, expected an object")
@@ -120,7 +133,7 @@ def _patterns(path: Path, config: Mapping[str, Any], option: str) -> dict[str, f
             re.compile(pattern)
         except re.error as error:
             raise AdapterFileError(f"{path}: {option} has {pattern!r}: {error}") from None
-    return {p: _number(path, f"{option}[{p!r}]", value) for p, value in found.items()}
+    return {p: read(path, f"{option}[{p!r}]", value) for p, value in found.items()}
 
 
 def _everywhere(config: Mapping[str, Any]) -> tuple[str, ...]:

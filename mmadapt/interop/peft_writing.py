@@ -160,7 +160,7 @@ class _File:
                     f"{path!r} is changed by a LoRA and trained itself, and PEFT does either",
                     "save it with mmadapt.save",
                 )
-            scale = next(iter(parts.values())).scale
+            scale = next((change.scale for change in parts.values() if change.scale), 1.0)
             of_rows = {
                 place: (change.a, change.b * (change.scale / scale))
                 for place, change in parts.items()
@@ -203,7 +203,13 @@ class _File:
     def wholes(self) -> dict[str, Tensor]:
         """The tensors of modules that were trained whole, by their keys."""
         names = [name for name, _ in self.places.model.named_modules()]
-        for path in self.modules_to_save:
+        for path in sorted(self.modules_to_save):
+            if self._wrapped(path) != path:
+                raise AdapterFileError(
+                    f"{path!r} is trained itself inside an attention that a LoRA changes, and PEFT does "
+                    "either",
+                    "save it with mmadapt.save",
+                )
             others = [name for name in names if name.endswith(path) and name != path]
             if others:
                 raise AdapterFileError(
@@ -212,11 +218,18 @@ class _File:
                     "save it with mmadapt.save",
                 )
         return {
-            f"{PREFIX}{path}{'.base_layer' if path in self.changes else ''}.{word}": tensor
+            f"{PREFIX}{self._wrapped(path)}.{word}": tensor
             for path, tensors in self.whole.items()
             for word, tensor in tensors.items()
             if path in self.modules_to_save or word == "bias"
         }
+
+    def _wrapped(self, path: str) -> str:
+        """Where a module stands once PEFT has wrapped those that LoRAs change."""
+        if path in self.changes:
+            return f"{path}.base_layer"
+        around, _, own = path.rpartition(".")
+        return f"{around}.base_layer.{own}.base_layer" if around in self.changes else path
 
     def config(self) -> dict[str, Any]:
         """What `adapter_config.json` says."""
